@@ -1,0 +1,208 @@
+"""The cached decoder: one loop for every method, over one sequence or a ragged batch.
+
+Each iteration admits waiting requests (one prefill each), then runs one decode step over all running
+sequences. A sequence finishes in the step that emits its last token. Requests are known by id; the slot of
+a sequence in the cache may change while it runs.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+
+from tidar.cache import KVCache
+from tidar.decode.request import Request, Sequence, StepEvent
+from tidar.errors import TidarError
+from tidar.layout import Schedule
+from tidar.methods import Draft, Method, Pending, Step, Verdict
+from tidar.model import Transformer
+
+
+class Plan(Protocol):
+    """Picks the schedule of each step; see `tidar.decode.plan` for the measured one."""
+
+    def choose(self, request_ids: SequenceOf[int]) -> Schedule:
+        """The schedule of the next step over these requests."""
+        ...
+
+    def observe(self, event: StepEvent) -> None:
+        """Told how each step went for each request."""
+        ...
+
+
+class FixedPlan:
+    """The same schedule at every step."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def choose(self, request_ids: SequenceOf[int]) -> Schedule:
+        return self.schedule
+
+    def observe(self, event: StepEvent) -> None:
+        pass
+
+
+class Engine:
+    """Mutable: runs requests to their end. Not for use by several threads at once.
+
+    max_batch: how many sequences run at a time. Raises TidarError for requests that cannot be run.
+    """
+
+    def __init__(
+        self, model: Transformer, method: Method, plan: Plan, *, max_batch: int = 8
+    ) -> None:
+        if max_batch < 1:
+            raise TidarError(f"max_batch is {max_batch}; it must be at least 1.")
+        weight = next(model.parameters())
+        self.model, self.method, self.plan = model, method, plan
+        self.device = weight.device
+        self.limit = model.config.max_positions
+        self.cache = KVCache(model.config, max_batch, device=weight.device, dtype=weight.dtype)
+        self.max_batch = max_batch
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._next_id = 0
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its id."""
+        size, vocab = len(request.prompt), self.model.config.vocab_size
+        if not size:
+            raise TidarError("The prompt is empty: give at least one token.")
+        if size >= self.limit:
+            raise TidarError(
+                f"The prompt has {size} tokens and the model {self.limit} positions: there is no room "
+                "to generate. Shorten the prompt."
+            )
+        if request.max_new_tokens < 1:
+            raise TidarError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+        wrong = [token for token in request.prompt if not 0 <= token < vocab]
+        if wrong:
+            raise TidarError(f"Token id {wrong[0]} is outside the vocabulary of {vocab} entries.")
+        if self.model.config.mask_token_id in request.prompt:
+            raise TidarError(
+                f"The prompt contains the mask token (id {self.model.config.mask_token_id}), which is "
+                "reserved for drafting. Remove it."
+            )
+        sequence = Sequence(self._next_id, request)
+        self._next_id += 1
+        self.waiting.append(sequence)
+        return sequence.request_id
+
+    def run(self, requests: Iterable[Request] = ()) -> Iterator[StepEvent]:
+        """Submits `requests` and yields events until nothing is waiting or running.
+
+        Ids are handed out in order of submission. Leaving the iterator early drops what is unfinished.
+        """
+        for request in requests:
+            self.submit(request)
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < self.max_batch:
+                    yield self._prefill(self.waiting.popleft())
+                if self.running:
+                    yield from self._decode()
+        finally:
+            self.waiting.clear()
+            for slot in range(len(self.running)):
+                self.cache.release(slot)
+            self.running.clear()
+
+    def preempt(self, request_id: int) -> None:
+        """Takes a running sequence off the cache; it goes on later, from its emitted tokens."""
+        slot = next(i for i, s in enumerate(self.running) if s.request_id == request_id)
+        self.waiting.appendleft(self._leave(slot))
+
+    def _prefill(self, sequence: Sequence) -> StepEvent:
+        """Runs prompt and emitted tokens in one pass, with one span at their end."""
+        tokens = (*sequence.request.prompt, *sequence.emitted)
+        sequence.draft = Draft(tokens, certain=len(tokens))
+        slot = len(self.running)
+        self.running.append(sequence)
+        schedule = self.plan.choose([sequence.request_id])
+        return self._run(slot, [sequence], schedule)[0]
+
+    def _decode(self) -> list[StepEvent]:
+        schedule = self.plan.choose([sequence.request_id for sequence in self.running])
+        return self._run(0, list(self.running), schedule)
+
+    @torch.inference_mode()
+    def _run(
+        self, first: int, sequences: list[Sequence], schedule: Schedule
+    ) -> list[StepEvent]:
+        """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence."""
+        began = time.perf_counter()
+        pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
+        step = self.method.step(pending, schedule)
+        attend = self.cache.attend(first, len(sequences), step.visible)
+        hidden = self.model(step.ids.to(self.device), step.positions.to(self.device), attend)
+        verdicts = self.method.resolve(step, hidden, self.model.logits)
+        seconds = time.perf_counter() - began
+        events = [
+            self._commit(first + i, sequence, step, i, verdicts[i], schedule, seconds)
+            for i, sequence in enumerate(sequences)
+        ]
+        for slot in range(first + len(sequences) - 1, first - 1, -1):
+            if self.running[slot].finish is not None:
+                self._leave(slot)
+        for event in events:
+            self.plan.observe(event)
+        return events
+
+    def _pending(self, slot: int, sequence: Sequence, schedule: Schedule) -> Pending:
+        draft, prefix_len = sequence.draft, self.cache.lengths[slot]
+        if draft.certain == 1:
+            room = self.limit - prefix_len
+            draft = draft.cut(min(schedule.draft_len, room, sequence.left))
+        request = sequence.request
+        return Pending(
+            prefix_len, draft, self.limit, request.params, sequence.draw, request.forced
+        )
+
+    def _commit(
+        self,
+        slot: int,
+        sequence: Sequence,
+        step: Step,
+        index: int,
+        verdict: Verdict,
+        schedule: Schedule,
+        seconds: float,
+    ) -> StepEvent:
+        draft = step.pending[index].draft
+        prefill = draft.certain > 1 or not sequence.emitted
+        self.cache.commit(slot, verdict.accepted)
+        sequence.draft = verdict.draft
+        new = (*draft.tokens[draft.certain : verdict.accepted], verdict.draft.tokens[0])
+        kept = sequence.emit(new)
+        if sequence.finish is None and self.cache.lengths[slot] >= self.limit:
+            sequence.finish = "context"
+        if not prefill:
+            sequence.steps += 1
+            sequence.decoded += len(kept)
+        rows = len(draft.tokens) + len(step.anchors[index]) * schedule.draft_len
+        drafted = 0 if prefill else len(draft.tokens)
+        return StepEvent(
+            sequence.request_id,
+            kept,
+            prefill,
+            drafted,
+            verdict.accepted,
+            rows,
+            schedule,
+            seconds,
+            sequence.finish,
+        )
+
+    def _leave(self, slot: int) -> Sequence:
+        """Takes a sequence out of the batch; the last one takes its slot."""
+        sequence = self.running[slot]
+        last = self.running.pop()
+        if last is not sequence:
+            self.running[slot] = last
+            self.cache.move(len(self.running), slot)
+        else:
+            self.cache.release(slot)
+        return sequence

@@ -1,0 +1,189 @@
+"""Choosing tokens from logits, and verifying drafts: pure functions, randomness always an argument.
+
+Two exact ways to sample (README, "Exactness"):
+
+- shared noise (default): the token at position p is the arg-max of processed logits plus Gumbel noise
+  drawn from (seed, p). The drafter uses the same noise, and a draft token is accepted iff it is the
+  causal model's own choice. The text equals plain AR with the same seed, token for token.
+- rejection: min(1, p/q) with residual max(p - q, 0) (Leviathan et al., arXiv 2211.17192), exact in
+  distribution; here q is the distribution the draft token was really drawn from.
+
+Shapes: N rows, V vocabulary entries.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+
+Draw = Callable[[Tensor], int]
+"""Draws an index from a probability vector; tests pass one that walks every branch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen from the causal logits.
+
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1.0 keeps all. seed: of the noise or the draws.
+    sampling: "shared-noise" or "rejection" (differ only at temperature > 0).
+    draft: with rejection, whether draft tokens are drawn ("sample") or the arg-max ("argmax", one-hot q).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    sampling: Literal["shared-noise", "rejection"] = "shared-noise"
+    draft: Literal["sample", "argmax"] = "sample"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise TidarError(
+                f"temperature is {self.temperature}; it must be from 0 (greedy) to 100."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise TidarError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (keeps all).")
+        if self.top_k < 0:
+            raise TidarError(f"top_k is {self.top_k}; it must be 0 (keeps all) or more.")
+        if not 0 <= self.seed < 2**63:
+            raise TidarError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.")
+        if self.sampling not in ("shared-noise", "rejection"):
+            raise TidarError(
+                f"sampling is {self.sampling!r}; it must be 'shared-noise' or 'rejection'."
+            )
+        if self.draft not in ("sample", "argmax"):
+            raise TidarError(f"draft is {self.draft!r}; it must be 'sample' or 'argmax'.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether verification is by rejection sampling rather than by comparing choices."""
+        return self.sampling == "rejection" and not self.greedy
+
+
+def process(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits after temperature, top-k and top-p, float32 `[N, V]`; dropped entries are -inf.
+
+    For temperature > 0 only. Of equal logits at the edge of top-k or top-p the lower token ids stay.
+    """
+    scaled = logits.float() / params.temperature
+    if params.top_k == 0 and params.top_p == 1.0:
+        return scaled
+    ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if params.top_k:
+        drop[..., params.top_k :] = True
+    if params.top_p < 1.0:
+        probs = ordered.masked_fill(drop, -torch.inf).softmax(dim=-1)
+        # A token stays while the mass before it is under top_p; the first one always does.
+        drop |= probs.cumsum(dim=-1) - probs >= params.top_p
+    drop[..., 0] = False
+    return scaled.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the signed integer torch stores it in."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64 bit patterns; multiplication wraps."""
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _MIX_1
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _MIX_2
+    return state ^ ((state >> 31) & (2**33 - 1))
+
+
+def gumbel_noise(seed: int, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, float32 `[N, V]`: a fixed function of (seed, position, token id).
+
+    Counter-based, so it does not depend on batch, device, order of calls or how a token came to be
+    drafted: that is what lets drafter and verifier share it. positions: int64 `[N]`.
+    """
+    tokens = torch.arange(vocab_size, device=positions.device)
+    # Seed and position are mixed separately first, so that neither can be traded for the other.
+    start = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + 1), device=positions.device)
+    rows = _mix(_mix(start) + positions * _MIX_1)
+    bits = _mix(rows.unsqueeze(-1) + (tokens + 1) * _GOLDEN)
+    # u is uniform in [0, 1) with fine steps near 0; the noise is -log(-log(1 - u)), so that its upper
+    # tail, which decides who wins, is the part with full resolution.
+    uniform = ((bits >> 11) & (2**53 - 1)).float() * 2.0**-53
+    exponential = -torch.log1p(-uniform.clamp(2.0**-53, 1 - 2.0**-24))
+    return -exponential.log()
+
+
+def choose(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
+    """The model's choice for each row, int64 `[N]`: arg-max, with shared noise at temperature > 0.
+
+    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
+    """
+    if params.greedy:
+        return logits.argmax(dim=-1)
+    noise = gumbel_noise(params.seed, positions, logits.shape[-1])
+    return (process(logits, params) + noise).argmax(dim=-1)
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution the parameters define over processed logits, float64 `[N, V]` on the CPU."""
+    return process(logits, params).double().softmax(dim=-1).cpu()
+
+
+def count_matches(draft: Sequence[int], choices: Sequence[int]) -> int:
+    """How many tokens of the draft commit when a token is accepted iff it is the model's own choice.
+
+    draft: d[0..L-1], d[0] certain. choices: the choice after each draft row; choices[i] is for the
+    position of d[i + 1]. Returns n in 1..L.
+    """
+    accepted = 1
+    while accepted < len(draft) and draft[accepted] == choices[accepted - 1]:
+        accepted += 1
+    return accepted
+
+
+def reject(
+    draft: Sequence[int], draft_probs: Tensor | None, target_probs: Tensor, draw: Draw
+) -> tuple[int, int]:
+    """Rejection sampling of a draft: returns (n, the token after the n committed ones).
+
+    draft: d[0..L-1], d[0] certain.
+    draft_probs: float64 `[L - 1, V]`, row i the distribution d[i + 1] was drawn from; None when each was
+        an arg-max (then q is one-hot: accept with probability p(d), residual p without d).
+    target_probs: float64 `[L, V]`, row i the causal distribution after d[i].
+    """
+    for i in range(1, len(draft)):
+        token, target = draft[i], target_probs[i - 1]
+        if draft_probs is None:
+            chosen = torch.zeros_like(target)
+            chosen[token] = 1.0
+        else:
+            chosen = draft_probs[i - 1]
+        accept = min(1.0, float(target[token] / chosen[token]))
+        if draw(torch.tensor([1.0 - accept, accept], dtype=torch.float64)) == 0:
+            residual = (target - chosen).clamp(min=0)
+            return i, draw(residual / residual.sum())
+    return len(draft), draw(target_probs[len(draft) - 1])
+
+
+def seeded_draw(seed: int) -> Draw:
+    """A `Draw` of its own random stream, by inverting the cumulative distribution."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(probs: Tensor) -> int:
+        uniform = torch.rand((), dtype=torch.float64, generator=generator)
+        # `right` and the clamp: an entry of probability 0 is never drawn, whatever the rounding.
+        index = int(torch.searchsorted(probs.cumsum(0), uniform * probs.sum(), right=True))
+        return min(index, int(probs.nonzero()[-1]))
+
+    return draw
