@@ -1,9 +1,9 @@
 """Permissively licensed Python source for training: gather, filter, de-duplicate, split.
 
-Two sources: rows of a JSON-lines file (`repo`, `license`, `path`, `text`) and the files of installed
-packages whose metadata states a permissive licence. Only the first is split, by a hash of the
-content alone, so the held-out files are the same on every machine; a training file is dropped when
-it shares too much with any of them.
+Two sources: rows of a JSON-lines file (`repo`, `license`, `path`, `text`) and the files of
+installed packages whose metadata states a permissive licence. Only the first is split, by a hash of
+the content alone, so the held-out files are the same on every machine; a training file is dropped
+when it shares too much with any of them.
 """
 
 import argparse
@@ -33,11 +33,26 @@ Shingles = NDArray[np.uint64]
 
 _WORD = re.compile(r"\w+")
 _VENDORED = frozenset(
-    "third_party thirdparty 3rdparty extern externals external bundled node_modules site-packages "
-    "_vendor vendor vendored vendored_packages _vendored_packages _libs_vendor".split()
+    {
+        "third_party",
+        "thirdparty",
+        "3rdparty",
+        "extern",
+        "externals",
+        "external",
+        "bundled",
+        "node_modules",
+        "site-packages",
+        "_vendor",
+        "vendor",
+        "vendored",
+        "vendored_packages",
+        "_vendored_packages",
+        "_libs_vendor",
+    }
 )
-_TEST_DATA = frozenset("testdata test_data fixtures data snapshots".split())
-_TESTS = frozenset("tests test testing".split())
+_TEST_DATA = frozenset({"testdata", "test_data", "fixtures", "snapshots"})
+_TESTS = frozenset({"tests", "test", "testing"})
 _FOREIGN = re.compile(
     r"\b[AL]?GPL|General Public License|Mozilla Public|NVIDIA Proprietary|strictly prohibited|"
     r"LicenseRef-|Creative Commons"
@@ -81,7 +96,7 @@ class Judged:
 
 
 def shingles(text: str) -> Shingles:
-    """Sorted distinct 64-bit hashes of all spans of 13 words; of the whole text if it is shorter."""
+    """Sorted distinct 64-bit hashes of all spans of 13 words; of a shorter text as a whole."""
     words = np.array([zlib.crc32(word.encode()) for word in _WORD.findall(text)], np.uint64)
     count = max(1, len(words) - SHINGLE_WORDS + 1)
     mixed = np.zeros(count, np.uint64)
@@ -215,7 +230,7 @@ def judge_sketch(source: Source) -> Judged:
 
 def sketch(mine: Shingles) -> Shingles:
     """The same part of the shingles of every file: those whose hash says so."""
-    return mine[mine % np.uint64(SKETCH_ONE_IN) == 0]
+    return np.asarray(mine[mine % np.uint64(SKETCH_ONE_IN) == 0])
 
 
 class Seen:
@@ -254,8 +269,9 @@ def package_sources(
     for folder in folders:
         for package in permissive_packages(folder, only):
             for path in package.files:
-                relative = path.relative_to(folder) if path.is_relative_to(folder) else None
-                reason = unwanted_path(str(relative), tests) if relative else "outside"
+                inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
+                relative = str(path.relative_to(folder)) if inside else ""
+                reason = unwanted_path(relative, tests) if inside else "outside"
                 origin = f"{package.name}=={package.version}"
                 yield reason or Source(origin, package.license, str(path))
 
@@ -333,7 +349,8 @@ def split_rows(path: Path) -> tuple[list[Row], list[Row]]:
 
     A line end is added to each, so that `prompt + text` is the document.
     """
-    train, held_out = [], []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for row in read_rows(path):
         prompt, text = row["prompt"] + "\n", row["text"] + "\n"
         digest = content_digest(prompt + text)

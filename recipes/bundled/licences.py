@@ -7,16 +7,33 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 PERMISSIVE_IDS = frozenset(
-    "0BSD Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC0-1.0 CNRI-Python HPND ISC MIT MIT-0 "
-    "MIT-CMU PSF-2.0 Python-2.0 Unlicense Zlib Apache-2.0_WITH_LLVM-exception".split()
+    {
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSL-1.0",
+        "CC0-1.0",
+        "CNRI-Python",
+        "HPND",
+        "ISC",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "PSF-2.0",
+        "Python-2.0",
+        "Unlicense",
+        "Zlib",
+        "Apache-2.0_WITH_LLVM-exception",
+    }
 )
 _CLASSIFIER = re.compile(
     r"^(MIT|BSD|Apache|Python Software Foundation|ISC|Historical Permission|Zero-Clause BSD|"
     r"The Unlicense|zlib)"
 )
 _FIELD = re.compile(
-    r"^(the )?(mit|(new |modified |simplified )?bsd|([23]|two|three)-clause bsd|apache|psf|isc|hpnd|"
-    r"0bsd|unlicense|python software foundation)\b",
+    r"^(the )?(mit|(new |modified |simplified )?bsd|([23]|two|three)-clause bsd|apache|psf|isc|"
+    r"hpnd|0bsd|unlicense|python software foundation)\b",
     re.IGNORECASE,
 )
 _TEXTS = (
@@ -52,20 +69,25 @@ def permissive_expression(expression: str) -> bool:
     )
 
 
+def _field(package: Distribution, name: str) -> str:
+    """A field of the metadata; empty if it is not there."""
+    metadata = package.metadata
+    return str(metadata[name]).strip() if name in metadata else ""
+
+
 def permissive_license(package: Distribution) -> str | None:
     """The licence as the metadata states it, if permissive; None for any other or unknown one."""
-    metadata = package.metadata
-    expression = metadata.get("License-Expression")
+    expression = _field(package, "License-Expression")
     if expression:
         return expression if permissive_expression(expression) else None
     classifiers = [
         line.split(" :: ")[-1]
-        for line in metadata.get_all("Classifier") or []
+        for line in package.metadata.get_all("Classifier") or []
         if line.startswith("License ::") and line != "License :: OSI Approved"
     ]
     if classifiers:
         return " AND ".join(classifiers) if all(map(_CLASSIFIER.match, classifiers)) else None
-    field = (metadata.get("License") or "").strip()
+    field = _field(package, "License")
     if len(field) <= 100:
         good = _FIELD.match(field) and not _REFUSED.search(field)
         return field if good else None
@@ -82,7 +104,7 @@ def permissive_packages(folder: Path, only: frozenset[str] = frozenset()) -> Ite
     `only` restricts to distributions of these (lower-case) names.
     """
     found = sorted(
-        (package.metadata["Name"] or "", package.version, index, package)
+        (_field(package, "Name"), package.version, index, package)
         for index, package in enumerate(distributions(path=[str(folder)]))
     )
     for name, version, _, package in found:

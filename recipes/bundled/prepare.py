@@ -47,9 +47,7 @@ def main() -> None:
         tests=options.tests,
         workers=options.workers,
     )
-    train, held_out = corpus.split_rows(
-        options.shared / "stepmath" / "step_by_step_math.jsonl.xz"
-    )
+    train, held_out = corpus.split_rows(options.shared / "stepmath" / "step_by_step_math.jsonl.xz")
     files: dict[str, list[Row]] = {
         "python_shared": python.shared,
         "python_packages": python.packages,

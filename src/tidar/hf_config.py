@@ -5,9 +5,12 @@ Reads what transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`
 checkpoint that opens here gives the logits it gives in `transformers`.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, cast, get_args
 
 from tidar.errors import TidarError
@@ -46,6 +49,19 @@ _ROPE_REQUIRED: Final = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+
+
+_HUB_FILES: Final = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+]
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +183,46 @@ def token_ids(value: object) -> tuple[int, ...]:
     """A token id entry of a config as a tuple: it may be absent, one id or a list of ids."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
+
+
+def find_folder(source: str) -> Path:
+    """The local folder of a path or hub id, with a config.json in it."""
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        raise TidarError(f"{source} is a file; give the folder that holds config.json")
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+            raise TidarError(f"no such folder: {source}")
+        folder = _download(source)
+    if not (folder / "config.json").is_file():
+        raise TidarError(f"{source} is no Hugging Face checkpoint: it has no config.json")
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch what a checkpoint needs, and no code or pickles, into the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+    except (OSError, HFValidationError) as error:  # every hub and network error is an OSError
+        reason = str(error).strip().split("\n")[0]
+        raise TidarError(
+            f"{hub_id!r} is no local folder, and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_json(path: Path) -> Json:
+    """A JSON file that holds an object. Raises TidarError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TidarError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise TidarError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def config_from_hf(raw: Mapping[str, Any], *, mask_token_id: int | None = None) -> ModelConfig:

@@ -267,8 +267,10 @@ class Layer(nn.Module):
         qkv = self.qkv(x).view(batch, rows, rotated + self.num_kv_heads, self.head_dim)
         qk = qkv[:, :, :rotated]
         if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the norms answer in float32; attend is promised one dtype.
-            normed = (self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:]))
+            # Under autocast the projection is in bfloat16 and the norm's weight in float32, for which
+            # there is no fused norm; attend is promised one dtype. Both casts are free otherwise.
+            wide = qk.to(self.q_norm.weight.dtype)
+            normed = (self.q_norm(wide[:, :, :heads]), self.k_norm(wide[:, :, heads:]))
             qk = torch.cat(normed, dim=2).to(qkv.dtype)
         # q and k are rotated together, in one pass; swapping halves plus the signed sine is
         # rotate-half.

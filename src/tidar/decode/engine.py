@@ -18,6 +18,7 @@ from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.methods import Draft, Method, Pending, Step, Verdict
 from tidar.model import Transformer
+from tidar.tokens import check_prompt
 
 
 class Plan(Protocol):
@@ -68,9 +69,11 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id."""
-        size, vocab = len(request.prompt), self.model.config.vocab_size
-        if not size:
-            raise TidarError("The prompt is empty: give at least one token.")
+        config = self.model.config
+        size = len(request.prompt)
+        check_prompt(
+            request.prompt, vocab_size=config.vocab_size, mask_token_id=config.mask_token_id
+        )
         if size >= self.limit:
             raise TidarError(
                 f"The prompt has {size} tokens and the model {self.limit} positions: there is no room "
@@ -78,14 +81,6 @@ class Engine:
             )
         if request.max_new_tokens < 1:
             raise TidarError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
-        wrong = [token for token in request.prompt if not 0 <= token < vocab]
-        if wrong:
-            raise TidarError(f"Token id {wrong[0]} is outside the vocabulary of {vocab} entries.")
-        if self.model.config.mask_token_id in request.prompt:
-            raise TidarError(
-                f"The prompt contains the mask token (id {self.model.config.mask_token_id}), which is "
-                "reserved for drafting. Remove it."
-            )
         sequence = Sequence(self._next_id, request)
         self._next_id += 1
         self.waiting.append(sequence)

@@ -1,0 +1,340 @@
+"""The public face: `tidar.load`, then `generate`, `generate_batch` or `stream`.
+
+Everything here is a thin arrangement of checkpoint, tokenizer and engine; the decoding itself is in
+`tidar.decode` and `tidar.methods`.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tidar.decode.engine import Engine, FixedPlan, Plan
+from tidar.decode.plan import MeasuredPlan
+from tidar.decode.request import FinishReason, Request, StepEvent
+from tidar.errors import TidarError
+from tidar.layout import AUTOREGRESSIVE, Schedule
+from tidar.methods.tidar import Tidar
+from tidar.sampling import SamplingParams
+from tidar.tokens import StopMatcher, Tokenizer
+from tidar.weights import Checkpoint, load_checkpoint
+
+MethodName = Literal["tidar", "ar"]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished text.
+
+    text: the new text, cut before a stop string and without end-of-text. ids: the new tokens, up to and
+    including the one that ended it. forwards: decode steps (the prefill is not one). tokens_per_forward:
+    tokens of decode steps per decode step; nan if there was no step. accepts: tokens committed per step.
+    seconds: prefill and decoding.
+    """
+
+    text: str
+    ids: list[int]
+    finish: FinishReason
+    forwards: int
+    tokens_per_forward: float
+    accepts: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """What one forward pass added: committed text and tokens, with how many were drafted and accepted."""
+
+    text: str
+    ids: tuple[int, ...]
+    prefill: bool
+    drafted: int
+    accepted: int
+    rows: int
+    seconds: float
+    finish: FinishReason | None
+
+
+class _TextOf:
+    """Mutable: the text of one request as its tokens come, cut at a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._stream = tokenizer.stream(prompt)
+        self._stops = StopMatcher(stop)
+        self._ready = ""
+        self._taken = 0
+
+    def push(self, token: int) -> bool:
+        """Takes a token; True when it completes a stop string."""
+        self._taken += 1
+        text, stopped = self._stops.push(self._stream.push(token))
+        self._ready += text
+        return stopped
+
+    def take(self, *, last: bool) -> str:
+        """Text that is certain now and was not taken before; all of it once the text has ended."""
+        if last and self._stops.matched is None:
+            text, stopped = self._stops.push(self._stream.flush())
+            self._ready += text if stopped else text + self._stops.flush()
+        text, self._ready = self._ready, ""
+        return text
+
+
+class LanguageModel:
+    """A loaded checkpoint, ready to decode. Made by `load`; not for use by several threads at once."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.network = checkpoint.model
+        self.meta = checkpoint.meta
+        self._plans: dict[tuple[int, int], MeasuredPlan] = {}
+        self._warned: set[int] = set()
+
+    @property
+    def draft_len(self) -> int:
+        """The longest draft the checkpoint was trained for; 1 for a plain autoregressive one."""
+        return max(self.meta.draft_lens) if self.meta else 1
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt; ids are taken as they are."""
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def plan(
+        self,
+        method: MethodName | None = None,
+        draft_len: int | None = None,
+        span_set: str = "plan",
+        *,
+        batch: int = 1,
+    ) -> Plan:
+        """The plan that `generate` would use for these arguments. Raises TidarError for impossible ones."""
+        if method not in (None, "tidar", "ar"):
+            raise TidarError(f"method is {method!r}; it must be 'tidar' or 'ar'.")
+        if method is None:
+            method = "tidar" if self.meta else "ar"
+        if method == "ar":
+            return FixedPlan(AUTOREGRESSIVE)
+        if self.meta is None:
+            raise TidarError(
+                f"{self.checkpoint.source} has no 'tidar' entry in its config.json: it was never trained "
+                "to draft and decodes as AR only (method 'ar'). Convert it with 'tidar train --base'."
+            )
+        draft_len = self._check_draft_len(draft_len)
+        if span_set != "plan":
+            return FixedPlan(Schedule.parse(draft_len, span_set))
+        key = (draft_len, batch)
+        if key not in self._plans:
+            self._plans[key] = MeasuredPlan.measure(
+                self.network, self.method(), batch=batch, max_draft_len=draft_len
+            )
+        return self._plans[key]
+
+    def method(self, beta: float = 1.0) -> Tidar:
+        """The decoding method; beta below 1 is lossy. Raises TidarError outside 0..1."""
+        if not 0.0 <= beta <= 1.0:
+            raise TidarError(f"beta is {beta}; it must be from 0 to 1, and only 1 is exact.")
+        mask = self.network.config.mask_token_id
+        return Tidar(0 if mask is None else mask, beta)  # without a mask token no row needs one
+
+    def _check_draft_len(self, draft_len: int | None) -> int:
+        assert self.meta is not None
+        if draft_len is None:
+            return self.draft_len
+        limit = self.network.config.max_positions
+        if not 1 <= draft_len <= limit // 2:
+            raise TidarError(
+                f"draft_len is {draft_len}; it must be from 1 to {limit // 2}, half of the model's "
+                f"{limit} positions."
+            )
+        trained = self.meta.draft_lens
+        if draft_len not in (1, *trained) and draft_len not in self._warned:
+            self._warned.add(draft_len)
+            warnings.warn(
+                f"draft_len {draft_len} was never trained (trained: {', '.join(map(str, trained))}); "
+                "the text stays exact, the acceptance may suffer",
+                stacklevel=4,
+            )
+        return draft_len
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        sampling: Literal["shared-noise", "rejection"] = "shared-noise",
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> tuple[Request, _TextOf]:
+        """The engine's form of a request and the text that follows its tokens."""
+        ids = self.encode(prompt)
+        text = _TextOf(self.tokenizer, ids, stop)
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sampling=sampling
+        )
+        eos_ids = frozenset() if ignore_eos else self.tokenizer.eos_ids
+        request = Request(
+            prompt=ids,
+            max_new_tokens=max_new_tokens,
+            params=params,
+            eos_ids=eos_ids,
+            make_stopper=lambda: text.push,
+        )
+        return request, text
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        method: MethodName | None = None,
+        draft_len: int | None = None,
+        span_set: str = "plan",
+        beta: float = 1.0,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        sampling: Literal["shared-noise", "rejection"] = "shared-noise",
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[StreamEvent]:
+        """Decodes one prompt, an event per forward pass; only committed text is shown.
+
+        prompt: text, or token ids. method: "tidar" or "ar"; by default what the checkpoint can do.
+        draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single"
+        or numbers such as "1,2,4". sampling: see `tidar.sampling`. Raises TidarError for bad values.
+        """
+        plan = self.plan(method, draft_len, span_set)
+        request, text = self.request(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        engine = Engine(self.network, self.method(beta), plan, max_batch=1)
+        for event in engine.run([request]):
+            yield _stream_event(event, text)
+
+    def generate(self, prompt: Prompt, **options: object) -> Output:
+        """Decodes one prompt to its end; the options are those of `stream`."""
+        return _collect(self.stream(prompt, **options))  # type: ignore[arg-type]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        method: MethodName | None = None,
+        draft_len: int | None = None,
+        span_set: str = "plan",
+        beta: float = 1.0,
+        max_batch: int = 8,
+        **options: object,
+    ) -> list[Output]:
+        """Decodes several prompts, up to `max_batch` at a time; the tokens are those of `generate`."""
+        plan = self.plan(method, draft_len, span_set, batch=min(max_batch, max(len(prompts), 1)))
+        made = [self.request(prompt, **options) for prompt in prompts]  # type: ignore[arg-type]
+        engine = Engine(self.network, self.method(beta), plan, max_batch=max_batch)
+        events: list[list[StreamEvent]] = [[] for _ in prompts]
+        for event in engine.run(request for request, _ in made):
+            events[event.request_id].append(_stream_event(event, made[event.request_id][1]))
+        return [_collect(iter(each)) for each in events]
+
+
+def _stream_event(event: StepEvent, text: _TextOf) -> StreamEvent:
+    return StreamEvent(
+        text.take(last=event.finish is not None),
+        event.ids,
+        event.prefill,
+        event.drafted,
+        event.accepted,
+        event.rows,
+        event.seconds,
+        event.finish,
+    )
+
+
+def _collect(events: Iterator[StreamEvent]) -> Output:
+    done = list(events)
+    steps = [event for event in done if not event.prefill]
+    finish = done[-1].finish
+    assert finish is not None
+    decoded = sum(len(event.ids) for event in steps)
+    return Output(
+        text="".join(event.text for event in done),
+        ids=[token for event in done for token in event.ids],
+        finish=finish,
+        forwards=len(steps),
+        tokens_per_forward=decoded / len(steps) if steps else float("nan"),
+        accepts=[event.accepted for event in steps],
+        seconds=sum(event.seconds for event in done),
+    )
+
+
+def bundled_folder() -> Path:
+    """The folder of the checkpoint that comes with the package. Raises TidarError when it is missing."""
+    folder = Path(str(files("tidar") / "bundled"))
+    if not (folder / "config.json").is_file():
+        raise TidarError(f"The bundled checkpoint is missing: there is no config.json in {folder}.")
+    return folder
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU. Raises TidarError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise TidarError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise TidarError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU here.")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere. Raises TidarError for an unknown name."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in names:
+        raise TidarError(f"dtype {dtype!r} is not known: use auto, {' or '.join(names)}.")
+    return names[dtype]
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LanguageModel:
+    """Opens a checkpoint: a Hugging Face folder or hub id; without one, the bundled checkpoint.
+
+    device: "auto", "cpu", "cuda", ... dtype: "auto", "float32" or "bfloat16". A folder without a "tidar"
+    entry opens with a warning and decodes as AR only. Raises TidarError for what cannot be opened.
+    """
+    where = pick_device(device)
+    source = bundled_folder() if path_or_hub_id is None else path_or_hub_id
+    checkpoint = load_checkpoint(source, device=where, dtype=pick_dtype(dtype, where))
+    if checkpoint.meta is None:
+        warnings.warn(
+            f"{checkpoint.source} has no 'tidar' entry in its config.json: it decodes as AR only. "
+            "'tidar train --base' converts it.",
+            stacklevel=2,
+        )
+    return LanguageModel(checkpoint, Tokenizer.load(checkpoint.folder))

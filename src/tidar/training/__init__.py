@@ -1,0 +1,1 @@
+"""Training: data, the joint loss, and the run. Never imports `tidar.decode`."""

@@ -1,0 +1,305 @@
+"""Checkpoints: ordinary Hugging Face folders in, ordinary Hugging Face folders out.
+
+A folder that opens here gives the logits that it gives in `transformers`, or does not open; a
+folder written here opens in `transformers` as the plain autoregressive model (law 8 of the design).
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from tidar.errors import TidarError
+from tidar.hf_config import (
+    ARCHITECTURES,
+    Json,
+    TidarMeta,
+    config_from_hf,
+    config_to_hf,
+    find_folder,
+    read_json,
+    read_meta,
+    token_ids,
+)
+from tidar.model import ModelConfig, Transformer
+from tidar.tensor_files import (
+    DISK_DTYPES,
+    fill_model,
+    find_weights,
+    open_weights,
+    some,
+    write_json,
+    write_weights,
+)
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+_LICENCES: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A loaded folder.
+
+    Attributes:
+        model: on the device and in the dtype asked for, in evaluation mode.
+        config: the model's, mask token included.
+        meta: the `"tidar"` entry; None for a plain autoregressive checkpoint.
+        raw_config: config.json as read.
+        generation_config: generation_config.json as read, empty where there is none.
+        source: the path or hub id that was asked for.
+        folder: where the files lie.
+    """
+
+    model: Transformer
+    config: ModelConfig
+    meta: TidarMeta | None
+    raw_config: Json
+    generation_config: Json
+    source: str
+    folder: Path
+
+
+def load_checkpoint(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+) -> Checkpoint:
+    """Open a Hugging Face folder of one of the four families, converted or not.
+
+    Args:
+        path_or_hub_id: a local folder, or `owner/name` on the hub (fetched into its cache).
+        device: where the weights go; they are copied tensor by tensor, never held twice.
+        dtype: of the model; "auto" is what config.json names, else what the files hold.
+
+    Raises:
+        TidarError: no such folder or repository, an unsupported or quantized model, missing,
+            unexpected or misshapen tensors, unreadable or pickled weights.
+    """
+    source = os.fspath(path_or_hub_id)
+    folder = find_folder(source)
+    raw = read_json(folder / "config.json")
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    meta = read_meta(raw, generation)
+    config = config_from_hf(raw, mask_token_id=meta.mask_token_id if meta else None)
+    files = find_weights(folder)
+    model = _empty_model(config, device, _resolve_dtype(dtype, raw, files))
+    fill_model(model, files)
+    return Checkpoint(
+        model=model.eval(),
+        config=config,
+        meta=meta,
+        raw_config=raw,
+        generation_config=generation,
+        source=source,
+        folder=folder,
+    )
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: Transformer,
+    *,
+    meta: TidarMeta | None = None,
+    raw_config: Mapping[str, Any] | None = None,
+    tokenizer_source: Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write an ordinary Hugging Face folder, all of it or nothing.
+
+    The files are written to a hidden folder beside the target, flushed to disk and renamed into
+    place, so a crash leaves the old checkpoint or the new one. `transformers` opens the result as a
+    plain autoregressive model of its family, and never generates the mask token.
+
+    Args:
+        folder: the target. An existing one is replaced if it is empty or a checkpoint without
+            sub-folders; anything else is left alone.
+        model: whose weights and config to write.
+        meta: the `"tidar"` entry; None writes a plain autoregressive checkpoint.
+        raw_config: config.json of the base, kept as it is but for what changed (vocabulary size,
+            dtype, the `"tidar"` entry, remote code); None for a model made from scratch.
+        tokenizer_source: folder to copy tokenizer and licence files from.
+        generation_config: of the base; None derives it from `raw_config`.
+        dtype: on disk; None keeps the model's.
+        max_shard_bytes: weights above this size are split over several files.
+
+    Returns:
+        The target folder, absolute.
+
+    Raises:
+        TidarError: the parts contradict each other, the target is something else, or writing
+            failed.
+    """
+    target = Path(folder).expanduser().resolve()
+    config = model.config
+    dtype = dtype or model.embed.weight.dtype
+    raw = _config_json(config, raw_config, meta, dtype)
+    generation = _generation_json(raw, generation_config, meta)
+    read_meta(raw, generation)  # a mask token that is also the end token must not reach the disk
+    _check_target(target)
+    if tokenizer_source is not None and not tokenizer_source.is_dir():
+        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
+    partial = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        write_json(partial / "config.json", raw)
+        write_json(partial / "generation_config.json", generation)
+        write_weights(partial, model, dtype, max_shard_bytes)
+        if tokenizer_source is not None:
+            for pattern in (*_TOKENIZER_FILES, *_LICENCES):
+                for path in tokenizer_source.glob(pattern):
+                    shutil.copyfile(path, partial / path.name)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        _swap(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise TidarError(f"could not write the checkpoint {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _config_json(
+    config: ModelConfig, base: Mapping[str, Any] | None, meta: TidarMeta | None, dtype: torch.dtype
+) -> Json:
+    """config.json for `config`, from that of the base where there is one."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TidarError(f"dtype {name} is not supported; allowed: {', '.join(DTYPES)}")
+    if meta is not None and meta.mask_token_id != config.mask_token_id:
+        raise TidarError(
+            f"meta has mask_token_id {meta.mask_token_id}, the model has {config.mask_token_id}"
+        )
+    raw = config_to_hf(config) if base is None else dict(base)
+    # Code of the base is not copied along, and what `tidar` and `torch_dtype` said is said anew.
+    for key in ("tidar", "auto_map", "torch_dtype"):
+        raw.pop(key, None)
+    raw.update(vocab_size=config.vocab_size, dtype=name)
+    raw.setdefault("architectures", [ARCHITECTURES[config.model_type]])
+    if meta is not None:
+        raw["tidar"] = meta.to_json()
+    if config_from_hf(raw, mask_token_id=config.mask_token_id) != config:
+        raise TidarError("raw_config describes another network than the model that is to be saved")
+    return raw
+
+
+def _generation_json(
+    raw: Mapping[str, Any], base: Mapping[str, Any] | None, meta: TidarMeta | None
+) -> Json:
+    """generation_config.json that suppresses the mask token in plain `transformers`."""
+    # Without the file `transformers` takes these ids from config.json; with it, only from the file.
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {key: raw[key] for key in keys if raw.get(key) is not None}
+    if base:
+        generation = dict(base)
+    if meta is not None:
+        suppressed = {*token_ids(generation.get("suppress_tokens")), meta.mask_token_id}
+        generation["suppress_tokens"] = sorted(suppressed)
+    return generation
+
+
+def _check_target(target: Path) -> None:
+    """Refuse to replace anything but an empty folder or a flat checkpoint."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise TidarError(f"{target} exists and is no folder")
+    entries = list(target.iterdir())
+    if not entries:
+        return
+    if not (target / "config.json").is_file() or any(path.is_dir() for path in entries):
+        raise TidarError(
+            f"{target} exists and is not just a checkpoint; saving there would delete "
+            f"{some(sorted(path.name for path in entries))}. Give a new folder"
+        )
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk, so that the rename cannot get there before the data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; the old folder goes only once the new one stands."""
+    old = new.with_suffix(".old")
+    replacing = target.exists()
+    if replacing:
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if replacing:
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def init_model(config: ModelConfig, seed: int) -> Transformer:
+    """A model with random float32 weights on the CPU, a function of `config` and `seed` alone."""
+    model = _empty_model(config, "cpu", torch.float32)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def random_checkpoint(
+    folder: Path, config: ModelConfig, *, seed: int, meta: TidarMeta | None = None
+) -> Checkpoint:
+    """Write a checkpoint with random weights to `folder`, and open it."""
+    save_checkpoint(folder, init_model(config, seed), meta=meta)
+    return load_checkpoint(folder)
+
+
+def _empty_model(
+    config: ModelConfig, device: str | torch.device, dtype: torch.dtype
+) -> Transformer:
+    """A model with uninitialised weights on `device`, made without a copy anywhere else."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    try:
+        return model.to_empty(device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # An unknown device, a build without CUDA (AssertionError), and no memory all end here.
+        raise TidarError(f"cannot place the model on device {str(device)!r}: {error}") from error
+
+
+def _resolve_dtype(
+    dtype: torch.dtype | Literal["auto"], raw: Mapping[str, Any], files: Mapping[str, Path]
+) -> torch.dtype:
+    """The dtype to load into; "auto" looks at config.json, then at the first tensor."""
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif dtype != "auto":
+        raise TidarError(f'dtype must be a torch.dtype or "auto", got {dtype!r}')
+    elif raw.get("dtype") or raw.get("torch_dtype"):
+        name = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    else:
+        first = min(files)
+        with open_weights(files[first]) as file:
+            disk = file.get_slice(first).get_dtype()
+        name = DISK_DTYPES.get(disk, disk)
+    if name not in DTYPES:
+        raise TidarError(f"dtype {name} is not supported; allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
