@@ -131,8 +131,12 @@ class LanguageModel:
             return FixedPlan(Schedule.parse(draft_len, span_set))
         key = (draft_len, batch)
         if key not in self._plans:
+            trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]
+            lens = tuple(sorted({*trained, draft_len})) if draft_len > 1 else ()
+            if not lens:
+                return FixedPlan(AUTOREGRESSIVE)
             self._plans[key] = MeasuredPlan.measure(
-                self.network, self.method(), batch=batch, max_draft_len=draft_len
+                self.network, self.method(), batch=batch, draft_lens=lens
             )
         return self._plans[key]
 

@@ -267,8 +267,8 @@ class Layer(nn.Module):
         qkv = self.qkv(x).view(batch, rows, rotated + self.num_kv_heads, self.head_dim)
         qk = qkv[:, :, :rotated]
         if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projection is in bfloat16 and the norm's weight in float32, for which
-            # there is no fused norm; attend is promised one dtype. Both casts are free otherwise.
+            # Under autocast the projection is bfloat16 and the norm's weight float32, which has no
+            # fused norm; attend is promised one dtype. Both casts are free otherwise.
             wide = qk.to(self.q_norm.weight.dtype)
             normed = (self.q_norm(wide[:, :, :heads]), self.k_norm(wide[:, :, heads:]))
             qk = torch.cat(normed, dim=2).to(qkv.dtype)

@@ -183,8 +183,7 @@ def write_weights(folder: Path, model: Transformer, dtype: torch.dtype, limit: i
         where = {key: file for file, part in zip(names, shards, strict=True) for key in part}
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     for file, part in zip(names, shards, strict=True):
-        # A copy each: parts of one merged parameter share storage, which the format refuses.
-        tensors = {key: tensor.to("cpu", dtype, copy=True) for key, tensor in part.items()}
+        tensors = {key: tensor.to("cpu", dtype) for key, tensor in part.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
 
 

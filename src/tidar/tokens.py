@@ -125,8 +125,6 @@ class TextStream:
         if not self._shown.strip(_INCOMPLETE) and len(prompt_ids) > _CONTEXT:
             self._ids = list(prompt_ids)
             self._shown = tokenizer.decode(self._ids)
-        # A prompt may end inside a character; the character then belongs to the new text.
-        self._shown = self._shown.rstrip(_INCOMPLETE)
         self._new = len(self._ids)  # ids from here on came after the last piece
 
     def push(self, token_id: int) -> str:
@@ -135,7 +133,7 @@ class TextStream:
         text = self._tokenizer.decode(self._ids)
         if text.endswith(_INCOMPLETE):
             return ""
-        piece = text[len(self._shown) :]
+        piece = self._after_shown(text)
         recent = self._ids[self._new :]
         shown = self._tokenizer.decode(recent)
         if shown:
@@ -150,8 +148,16 @@ class TextStream:
     def flush(self) -> str:
         """The text still held back, an unfinished character as U+FFFD. Ends the stream."""
         text = self._tokenizer.decode(self._ids)
-        piece, self._shown = text[len(self._shown) :], text
+        piece, self._shown = self._after_shown(text), text
         return piece
+
+    def _after_shown(self, text: str) -> str:
+        """The part of `text` that is new."""
+        shown = self._shown
+        if not text.startswith(shown):
+            # The prompt ended inside a character; complete now, it belongs to the new text.
+            shown = shown.rstrip(_INCOMPLETE)
+        return text[len(shown) :]
 
 
 class StopMatcher:

@@ -154,9 +154,7 @@ def save_checkpoint(
     raw = _config_json(config, raw_config, meta, dtype)
     generation = _generation_json(raw, generation_config, meta)
     read_meta(raw, generation)  # a mask token that is also the end token must not reach the disk
-    _check_target(target)
-    if tokenizer_source is not None and not tokenizer_source.is_dir():
-        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
+    _check_places(target, tokenizer_source)
     partial = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
     try:
         partial.mkdir(parents=True)
@@ -164,9 +162,7 @@ def save_checkpoint(
         write_json(partial / "generation_config.json", generation)
         write_weights(partial, model, dtype, max_shard_bytes)
         if tokenizer_source is not None:
-            for pattern in (*_TOKENIZER_FILES, *_LICENCES):
-                for path in tokenizer_source.glob(pattern):
-                    shutil.copyfile(path, partial / path.name)
+            _copy_tokenizer(tokenizer_source, partial)
         for path in (*partial.iterdir(), partial):
             _sync(path)
         _swap(partial, target)
@@ -175,6 +171,13 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy tokenizer files as they are, and the licence that the weights came under."""
+    for pattern in (*_TOKENIZER_FILES, *_LICENCES):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _config_json(
@@ -216,8 +219,10 @@ def _generation_json(
     return generation
 
 
-def _check_target(target: Path) -> None:
+def _check_places(target: Path, tokenizer_source: Path | None) -> None:
     """Refuse to replace anything but an empty folder or a flat checkpoint."""
+    if tokenizer_source is not None and not tokenizer_source.is_dir():
+        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
     if not target.exists():
         return
     if not target.is_dir():

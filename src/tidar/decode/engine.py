@@ -105,6 +105,7 @@ class Engine:
                 self.cache.release(slot)
             self.running.clear()
 
+    @torch.inference_mode()  # leaving a slot may move another one's entries
     def preempt(self, request_id: int) -> None:
         """Takes a running sequence off the cache; it goes on later, from its emitted tokens."""
         slot = next(i for i, s in enumerate(self.running) if s.request_id == request_id)

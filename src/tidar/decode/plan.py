@@ -33,12 +33,10 @@ PROBE_PERIOD = 100
 """AR steps from one probe to the next; a probe drafts once and verifies once: 2% of steps."""
 
 
-def candidate_schedules(max_draft_len: int) -> tuple[Schedule, ...]:
+def candidate_schedules(draft_lens: Sequence[int]) -> tuple[Schedule, ...]:
     """AR, and for each K a ladder of span sets from one span to all of them."""
     found = {AUTOREGRESSIVE: None}
-    for draft_len in (2, 3, 4, 6, 8, 12, 16, 24, 32):
-        if draft_len > max_draft_len:
-            break
+    for draft_len in draft_lens:
         sets = [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 4, 8), (1, draft_len)]
         sets += [(1, 2, 3, 5, 8, 16), (1, 4, 8, 12, 16), (1, 2, draft_len)]
         for anchors in sets:
@@ -179,29 +177,27 @@ class _Track:
 class MeasuredPlan:
     """Mutable. A `Plan` that uses the schedule with the most tokens per second, AR among them.
 
-    costs: from `measure_costs`. margin: how much better than AR, or than the schedule in use, another one
-    must look before it is taken. replan: steps between two decisions.
+    costs: from `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much
+    better than AR, or than the schedule in use, another one must look before it is taken. replan: steps
+    between two decisions.
     """
 
     def __init__(
         self,
         costs: StepCosts,
         *,
-        max_draft_len: int = 16,
+        draft_lens: Sequence[int] = (4, 8, 16),
         margin: float = 0.04,
         replan: int = 8,
     ) -> None:
         self.costs = costs
         self.margin, self.replan = margin, replan
-        self.chains = tuple(Chain(schedule) for schedule in candidate_schedules(max_draft_len))
-        self.depth = max_draft_len - 1
+        self.chains = tuple(Chain(schedule) for schedule in candidate_schedules(draft_lens))
+        self.depth = max(draft_lens) - 1
         self.all = Acceptance(self.depth, memory=0.99)
         self.tracks: dict[int, _Track] = {}
         self.schedule = AUTOREGRESSIVE
-        self.probe = max(
-            (c.schedule for c in self.chains if c.schedule.draft_len <= 4),
-            key=lambda s: (s.draft_len, -len(s.span_set)),
-        )
+        self.probe = Schedule(min(draft_lens), (1,))
         self.steps = 0
         self.ar_steps = 0
         self.probing = 0
@@ -209,10 +205,15 @@ class MeasuredPlan:
 
     @classmethod
     def measure(
-        cls, model: Transformer, method: Method, *, batch: int = 1, max_draft_len: int = 16
+        cls,
+        model: Transformer,
+        method: Method,
+        *,
+        batch: int = 1,
+        draft_lens: Sequence[int] = (4, 8, 16),
     ) -> "MeasuredPlan":
         """A plan for this model on this machine; takes about a second."""
-        return cls(measure_costs(model, method, batch, max_draft_len), max_draft_len=max_draft_len)
+        return cls(measure_costs(model, method, batch, max(draft_lens)), draft_lens=draft_lens)
 
     def choose(self, request_ids: Sequence[int]) -> Schedule:
         """See `Plan`."""

@@ -108,7 +108,8 @@ class Tidar:
         for index, cell in enumerate(cells):
             offset = cell.row + 1
             anchor = nearest_anchor(step.anchors[cell.sequence], offset)
-            if anchor and offset - anchor < step.tail.draft_len:
+            covered = anchor and offset - anchor < step.tail.draft_len
+            if covered and cell.predicts < step.pending[cell.sequence].limit:
                 row = step.tail.span_start(anchor) + offset - anchor
                 twins.append(Cell(cell.sequence, row, cell.predicts))
                 mixed.append(index)

@@ -1,10 +1,11 @@
 """Training data: documents become one token file of fixed-length sequences, made once and reused.
 
-`prepare` streams documents, tokenises them in parallel batches, ends each with end-of-text, shuffles
-whole documents by the seed and writes them one after another. A sequence is the next `seq_len` tokens,
-so nothing is dropped: a document that crosses the end of a sequence is cut there, and its rest starts
-the next sequence at position 0 as a document of its own. The last sequence is filled up with
-end-of-text tokens, each its own document, which by `layout.training_labels` carry no label.
+`prepare` streams documents, tokenises them in parallel batches, ends each with end-of-text,
+shuffles whole documents by the seed and writes them one after another. A sequence is the next
+`seq_len` tokens, so nothing is dropped: a document that crosses the end of a sequence is cut there,
+and its rest starts the next sequence at position 0 as a document of its own. The last sequence is
+filled up with end-of-text tokens, each its own document, which by `layout.training_labels` carry no
+label.
 
 On disk: `tokens.bin` (uint16, or uint32 for large vocabularies), `starts.npy` (where documents
 start) and `meta.json`. The folder appears under its final name only when it is whole.
@@ -111,10 +112,10 @@ class TokenData(Dataset[Batch]):
 
 
 class RunData(Dataset[Batch]):
-    """All sequences of a run, in order: item g is sequence `order(g // n)[g % n]` of epoch `g // n`.
+    """All sequences of a run: item g is sequence `order(g // n)[g % n]` of epoch `g // n`.
 
-    One long epoch for the trainer, so that the end of an epoch falls where it may, and skipping to a
-    step is arithmetic. The order depends on (seed, epoch) only, not on workers or world size.
+    One long epoch for the trainer, so that the end of an epoch falls where it may, and skipping to
+    a step is arithmetic. The order depends on (seed, epoch) only, not on workers or world size.
     """
 
     def __init__(self, data: TokenData, *, seed: int, total: int) -> None:
@@ -286,14 +287,14 @@ def _tokenise(
                 for row in rows:
                     lengths.append(len(row))
                     origin.append(number)
-                flat = np.fromiter(
-                    (i for row in rows for i in row), np.int64, sum(map(len, rows))
-                )
+                flat = np.fromiter((i for row in rows for i in row), np.int64, sum(map(len, rows)))
                 _check_ids(flat, encoding, source)
                 out.write(flat.astype(dtype).tobytes())
                 tokens += len(flat)
                 rate = tokens / max(time.monotonic() - start, 1e-9)
-                bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False)
+                bar.set_postfix_str(
+                    f"{tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False
+                )
                 bar.update(len(batch))
 
 

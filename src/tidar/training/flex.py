@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tidar.attention import Attend, flex_attend
 from tidar.errors import TidarError
 from tidar.layout import Rows, mask_mod, visible
 
@@ -41,7 +42,7 @@ def _compiled_tile_flags() -> "Callable[[Rows], tuple[Tensor, Tensor]]":
 
 
 def _ordered(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of set flags per row, and the key tiles with the set ones first, int32 `[B, 1, T(, T)]`."""
+    """Set flags per row, and the key tiles with set ones first: int32 `[B, 1, T]`, `[.., T]`."""
     order = torch.argsort(flags, dim=-1, descending=True, stable=True)
     return (
         flags.sum(dim=-1).to(torch.int32).unsqueeze(1),
@@ -70,3 +71,22 @@ def flex_mask(rows: Rows, *, fast: bool = True) -> "BlockMask":
         mask_mod=mask_mod(rows),
         seq_lengths=(length, length),
     )
+
+
+def separate(attend: Attend) -> Attend:
+    """`attend`, given q, k and v in memory of their own.
+
+    The model cuts them from one merged tensor. Compiled FlexAttention on a CPU reads such views
+    wrong (torch 2.13) or refuses them (2.11), without a word in its documentation; inside a
+    compiled layer the copies are part of the rotary kernel and cost nothing.
+    """
+
+    def attend_separately(layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        return attend(layer, q.contiguous(), k.contiguous(), v.contiguous())
+
+    return attend_separately
+
+
+def flex_training_attend(rows: Rows, *, fast: bool) -> Attend:
+    """FlexAttention over these rows, for CUDA."""
+    return separate(flex_attend(flex_mask(rows, fast=fast)))

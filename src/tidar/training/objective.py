@@ -6,11 +6,12 @@ at their own position; both halves have equally many labels. The loss of a batch
     (alpha * sum of clean losses + sum of mask losses) / (1 + alpha) / number of labels of one half
 
 summed over micro-batches and processes, so that accumulation equals one large batch. Draft lengths,
-anchors and masks are a hash of (seed, epoch, sequence index), never of a generator's state: resuming
-and the number of processes change nothing.
+anchors and masks are a hash of (seed, epoch, sequence index), never of a generator's state:
+resuming and the number of processes change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tidar.attention import Attend, dense_attend, flex_attend
+from tidar.attention import Attend, dense_attend
 from tidar.errors import TidarError
 from tidar.layout import IGNORE, Rows, dense, training_labels, training_rows
-from tidar.model import Transformer
+from tidar.model import Layer, Transformer
 from tidar.sampling import _mix
-from tidar.training.flex import flex_mask
+from tidar.training.flex import flex_training_attend
 
 CHUNK_ELEMENTS = 1 << 29
 """Logits held at once by default, in elements (2 GiB as float32)."""
@@ -148,6 +149,18 @@ def chunk_loss(
     return loss.sum()
 
 
+def even_chunk(rows: int, vocab_size: int) -> int:
+    """Rows of a chunk of at most about `CHUNK_ELEMENTS` logits, if possible a divisor of `rows`.
+
+    Equal chunks have one shape, so that the compiled loss has one graph.
+    """
+    fewest = -(-rows * vocab_size // CHUNK_ELEMENTS)
+    for chunks in range(fewest, 2 * fewest + 1):
+        if rows % chunks == 0:
+            return rows // chunks
+    return -(-rows // fewest)
+
+
 class TrainingModel(nn.Module):
     """The network together with its objective: one forward is one loss.
 
@@ -176,14 +189,35 @@ class TrainingModel(nn.Module):
             self.compile_layers()
 
     def compile_layers(self) -> None:
-        """Compile each layer in place: names of parameters stay as they are."""
+        """Compile each layer in place: names of parameters stay as they are.
+
+        The layers share one graph. Their `index`, which only `attend` is told and our closures
+        ignore, is set to 0 meanwhile: torch 2.11 compiles anew for each value, and gives up after
+        eight.
+        """
         for layer in self.net.layers:
+            assert isinstance(layer, Layer)
             layer.compile(dynamic=False)
+            layer.index = 0
+
+    @contextmanager
+    def plain(self) -> Iterator[Transformer]:
+        """The network with its layers as they were made, for decoding and saving."""
+        layers = [layer for layer in self.net.layers if isinstance(layer, Layer)]
+        compiled = [layer._compiled_call_impl for layer in layers]
+        indices = [layer.index for layer in layers]
+        for index, layer in enumerate(layers):
+            layer._compiled_call_impl, layer.index = None, index
+        try:
+            yield self.net
+        finally:
+            for layer, call, index in zip(layers, compiled, indices, strict=True):
+                layer._compiled_call_impl, layer.index = call, index
 
     def attend(self, rows: Rows) -> Attend:
         """The attention of a forward pass over these rows."""
         if self.attention == "flex":
-            return flex_attend(flex_mask(rows, fast=self.fast))
+            return flex_training_attend(rows, fast=self.fast)
         return dense_attend(dense(rows, rows))
 
     def forward(
@@ -198,8 +232,8 @@ class TrainingModel(nn.Module):
         """The loss of a batch, all inputs int64 `[B, L]` or (`index`, `epoch`) `[B]`.
 
         Returns `loss` (a share of the mean over `num_items_in_batch`, with gradient) and `stats`,
-        float32 `[4]`: sums of clean and of mask losses, labels of one half, visible keys of all rows.
-        `labels` only serves Trainer's counting; without a count this batch is the whole.
+        float32 `[4]`: sums of clean and of mask losses, labels of one half, visible keys of all
+        rows. `labels` only serves Trainer's counting; without a count this batch is the whole.
         """
         batch = {"index": index, "epoch": epoch}
         length, objective = input_ids.shape[1], self.objective
@@ -245,7 +279,7 @@ class TrainingModel(nn.Module):
         weight = None if weights is None else weights.flatten()
         guide = None if teacher is None else teacher.flatten(0, 1)
         config = self.net.config
-        size = self.objective.head_chunk or max(256, CHUNK_ELEMENTS // config.vocab_size)
+        size = self.objective.head_chunk or even_chunk(len(goal), config.vocab_size)
         total = flat.new_zeros((), dtype=torch.float32)
         for start in range(0, len(goal), size):
             part = slice(start, start + size)
@@ -260,5 +294,3 @@ class TrainingModel(nn.Module):
             )
             total = total + checkpoint(self._chunk_loss, *arguments, use_reentrant=False)
         return total
-
-

@@ -1,8 +1,8 @@
-"""Where training text comes from: files, folders, globs and hub datasets, read as a stream of documents.
+"""Where training text comes from: files, folders, globs and hub datasets, as a stream of documents.
 
 A document is a string, or a list of token ids (rows with an `ids` field, such as text that a model
-sampled itself). Nothing here holds more than one file's text at a time, and every problem with a file
-names the file, and the line where there is one.
+sampled itself). Nothing here holds more than one file's text at a time, and every problem with a
+file names the file, and the line where there is one.
 """
 
 import glob
@@ -89,7 +89,9 @@ def files_of(source: Source) -> list[Path] | None:
     elif source.name.count("/") <= 1 and source.name.strip():
         return None
     else:
-        raise TidarError(f"{source.name}: neither a file, a folder, a glob, nor a hub dataset name.")
+        raise TidarError(
+            f"{source.name}: neither a file, a folder, a glob, nor a hub dataset name."
+        )
     if not found:
         raise TidarError(f"{source.name}: no file to read in it; supported: {SUPPORTED}.")
     return found
@@ -190,9 +192,7 @@ def _field(row: Any, text_field: str, where: str) -> Document:
         )
     text = row[text_field]
     if not isinstance(text, str):
-        raise TidarError(
-            f"{where}: field {text_field!r} must be text, got {type(text).__name__}."
-        )
+        raise TidarError(f"{where}: field {text_field!r} must be text, got {type(text).__name__}.")
     return text if text.strip() else ""
 
 
@@ -200,7 +200,9 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise TidarError(f"{path}: reading parquet needs pyarrow (pip install 'tidar[train]').") from None
+        raise TidarError(
+            f"{path}: reading parquet needs pyarrow (pip install 'tidar[train]')."
+        ) from None
     try:
         table = parquet.ParquetFile(path)
         names = table.schema_arrow.names

@@ -1,0 +1,1 @@
+"""Decoding methods side by side: speed, tokens per forward, and what the text is worth."""

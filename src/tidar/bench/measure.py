@@ -1,0 +1,219 @@
+"""Timed passes over prompts: what each forward cost, and what came out.
+
+The clock of a pass is split into prefill, decode and host (all that is not a forward pass and its
+verdict: scheduling, bookkeeping). The three are measured apart and must add up to the wall clock.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tidar.bench.prompts import Prompt
+from tidar.decode.engine import Engine
+from tidar.decode.request import FinishReason, Request, StepEvent
+from tidar.decode.spec import MethodSpec
+from tidar.errors import TidarError
+from tidar.model import Transformer
+from tidar.sampling import SamplingParams
+
+WARM_UP_TOKENS = 16
+"""Tokens of the untimed pass that each method makes before anything is timed."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds of one pass by bucket. forwards: decode steps of the network, whatever the batch."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    host: float = 0.0
+    wall: float = 0.0
+    forwards: int = 0
+
+    def check(self) -> None:
+        """Raises AssertionError where the buckets miss the wall clock by more than 1%."""
+        total = self.prefill + self.decode + self.host
+        slack = 0.01 * self.wall + 1e-4
+        assert abs(total - self.wall) <= slack, (
+            f"buckets add up to {total}, the clock to {self.wall}"
+        )
+        assert self.host >= -slack, f"forward passes took longer than the pass: host {self.host}"
+
+    def add(self, other: "Timing") -> None:
+        self.prefill += other.prefill
+        self.decode += other.decode
+        self.host += other.host
+        self.wall += other.wall
+        self.forwards += other.forwards
+
+
+@dataclass(slots=True)
+class Text:
+    """What became of one prompt in one pass.
+
+    decoded: tokens that decode steps emitted (prefill's first one is not among them). steps: decode
+    steps. accepts: how often a step committed so many tokens. rows: rows of its decode steps, all
+    together.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    decoded: int = 0
+    steps: int = 0
+    rows: int = 0
+    accepts: Counter[int] = field(default_factory=Counter)
+    schedules: Counter[str] = field(default_factory=Counter)
+    finish: FinishReason | None = None
+
+    def take(self, event: StepEvent) -> None:
+        self.ids += event.ids
+        self.finish = event.finish
+        if not event.prefill:
+            self.decoded += len(event.ids)
+            self.steps += 1
+            self.rows += event.rows
+            self.accepts[event.accepted] += 1
+            spans = ",".join(map(str, event.schedule.span_set))
+            self.schedules[f"{event.schedule.draft_len}:{spans}"] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One timed run of an engine: its clock, and the texts in the order of the requests."""
+
+    timing: Timing
+    texts: tuple[Text, ...]
+
+
+def run_pass(
+    engine: Engine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter
+) -> Pass:
+    """Decodes the requests to their end, timed."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    timing = Timing()
+    began = mark = clock()
+    texts = {engine.submit(request): Text() for request in requests}
+    events = engine.run()
+    step: set[int] = set()  # requests that the current decode step has reported
+    seconds = 0.0
+    while True:
+        event = next(events, None)
+        now = clock()
+        spent, mark = now - mark, now
+        if event is None:
+            timing.host += spent
+            break
+        # A decode step over several sequences gives one event each, all with the step's seconds.
+        if event.prefill:
+            timing.prefill += event.seconds
+            spent -= event.seconds
+            step.clear()
+        else:
+            if not step or event.request_id in step or event.seconds != seconds:
+                timing.decode += event.seconds
+                timing.forwards += 1
+                spent -= event.seconds
+                step.clear()
+            step.add(event.request_id)
+            seconds = event.seconds
+        timing.host += spent
+        texts[event.request_id].take(event)
+    timing.wall = clock() - began
+    timing.check()
+    return Pass(timing, tuple(texts.values()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured. batch: sequences at a time; at 1 every prompt is timed alone.
+
+    ignore_eos: decode past end-of-text, so that all texts are equally long. teacher_forced: the
+    model is made to write each prompt's real continuation, so that acceptance is measured on real
+    text. draft_lens: values of K that the checkpoint was trained with, for measured plans.
+    """
+
+    methods: tuple[MethodSpec, ...]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    runs: int = 5
+    batch: int = 1
+    ignore_eos: bool = False
+    teacher_forced: bool = False
+    draft_lens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "runs", "batch"):
+            if getattr(self, name) < 1:
+                raise TidarError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def make_request(
+    prompt: Prompt, index: int, settings: Settings, eos_ids: frozenset[int]
+) -> Request:
+    """The request of one prompt; each prompt has its own seed, the same in every run and method."""
+    params = SamplingParams(temperature=settings.temperature, seed=settings.seed + index)
+    if not settings.teacher_forced:
+        return Request(
+            prompt=prompt.ids,
+            max_new_tokens=settings.max_new_tokens,
+            params=params,
+            eos_ids=frozenset() if settings.ignore_eos else eos_ids,
+        )
+    if not prompt.real:
+        raise TidarError(f"prompt {prompt.name} has no continuation, which teacher forcing needs.")
+    return Request(
+        prompt=prompt.ids,
+        max_new_tokens=min(settings.max_new_tokens, len(prompt.real)),
+        params=params,
+        forced=prompt.ids + prompt.real,
+    )
+
+
+Passes = dict[str, list[list[Pass]]]
+"""By method, then run: its passes (one per prompt at batch 1, else one over all prompts)."""
+
+
+def run_bench(
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    eos_ids: frozenset[int],
+    on_pass: Callable[[str], None] = lambda label: None,
+) -> Passes:
+    """All passes. Methods take turns within each run, so that a disturbance hits all alike."""
+    requests = [make_request(p, i, settings, eos_ids) for i, p in enumerate(prompts)]
+    batch = min(settings.batch, len(prompts))
+    units = [requests] if settings.batch > 1 else [[request] for request in requests]
+    engines = {
+        spec.name: spec.engine(model, max_batch=batch, draft_lens=settings.draft_lens)
+        for spec in settings.methods
+    }
+    for name, engine in engines.items():
+        on_pass(f"warming up {name}")
+        run_pass(engine, [_short(request) for request in units[0]])
+    passes: Passes = {name: [[] for _ in range(settings.runs)] for name in engines}
+    for unit in units:
+        for run in range(settings.runs):
+            for name, engine in engines.items():
+                passes[name][run].append(run_pass(engine, unit))
+                on_pass(name)
+    return passes
+
+
+def count_passes(settings: Settings, prompts: int) -> int:
+    """How often `run_bench` calls `on_pass`."""
+    units = 1 if settings.batch > 1 else prompts
+    return len(settings.methods) * (settings.runs * units + 1)
+
+
+def _short(request: Request) -> Request:
+    return Request(
+        prompt=request.prompt,
+        max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens),
+        params=request.params,
+        forced=request.forced,
+    )

@@ -1,0 +1,106 @@
+"""The record of a measurement: every number, and all that is needed to take it again."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar.errors import TidarError
+
+FORMAT_VERSION = 1
+PACKAGES = ("tidar", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the tree around `folder`, and whether tracked files changed; None outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Software and hardware that the numbers belong to."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "git": git_state(Path(__file__).parent),
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def make_record(
+    *,
+    command: Sequence[str],
+    device: torch.device,
+    subject: dict[str, Any],
+    settings: dict[str, Any],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """The record. subject: model and prompts; settings: how they were run; results: by method."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "command": list(command),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment(device),
+        **subject,
+        "settings": settings,
+        "methods": results,
+    }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes the record as JSON. Raises TidarError where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TidarError(f"cannot write the record {path}: {error}") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record from its file. Raises TidarError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TidarError(f"{path} is not a readable record: {error}") from error
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise TidarError(f"{path} is no record of format version {FORMAT_VERSION}.")
+    return record

@@ -1,0 +1,86 @@
+"""What `tidar train` measures at intervals: tokens per forward, by the decoder that users will run."""
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from tidar.bench.repetition import mean_distinct
+from tidar.decode.engine import Engine, FixedPlan
+from tidar.decode.request import Request
+from tidar.layout import dense_schedule
+from tidar.methods.tidar import Tidar
+from tidar.sampling import SamplingParams
+from tidar.training.sources import documents
+from tidar.training.trainer import make_encoding
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tidar.model import Transformer
+    from tidar.training.config import TrainConfig
+
+TEMPERATURES = (0.0, 1.0)
+
+
+class IntervalDecoding:
+    """Decodes the beginnings of held-out documents; called by the trainer with the network and the step."""
+
+    def __init__(self, config: "TrainConfig", prompts: int, prompt_tokens: int) -> None:
+        self.config, self.count, self.prompt_tokens = config, prompts, prompt_tokens
+        self._prompts: dict[str, list[tuple[int, ...]]] = {}
+
+    def __call__(self, net: "Transformer", step: int) -> dict[str, float]:
+        """Tokens per forward at K = the longest trained, all spans, and the distinct-4-gram ratio."""
+        if not self._prompts:
+            self._prompts = {name: self._read(net, name) for name, _ in self.config.eval_data}
+        logs = {}
+        for name, prompts in self._prompts.items():
+            for temperature in TEMPERATURES:
+                ratio, distinct = self._decode(net, prompts, temperature)
+                label = f"decode/{name}/t{temperature:g}"
+                logs[f"{label}/tokens_per_forward"] = ratio
+                logs[f"{label}/distinct_4"] = distinct
+        return logs
+
+    def _read(self, net: "Transformer", name: str) -> list[tuple[int, ...]]:
+        """The first tokens of the first long enough documents of a held-out set."""
+        config = self.config
+        source = dict(config.eval_data)[name]
+        encoding = make_encoding(net, self._tokenizer_folder(), config.end_token)
+        found = []
+        for document in islice(documents(source, config.text_field), 20 * self.count):
+            ids = (
+                encoding.tokenizer.encode(document).ids if isinstance(document, str) else document
+            )
+            if len(ids) >= 2 * self.prompt_tokens:
+                found.append(tuple(ids[: self.prompt_tokens]))
+            if len(found) == self.count:
+                break
+        return found
+
+    def _tokenizer_folder(self) -> "Path":
+        if self.config.tokenizer is not None:
+            return self.config.tokenizer.expanduser()
+        from tidar.hf_config import find_folder
+
+        assert self.config.base is not None
+        return find_folder(self.config.base)
+
+    def _decode(
+        self, net: "Transformer", prompts: list[tuple[int, ...]], temperature: float
+    ) -> tuple[float, float]:
+        mask = net.config.mask_token_id
+        assert mask is not None
+        room = min(96, net.config.max_positions - self.prompt_tokens)
+        plan = FixedPlan(dense_schedule(max(self.config.draft_lens)))
+        engine = Engine(net, Tidar(mask), plan, max_batch=max(1, len(prompts)))
+        params = SamplingParams(temperature=temperature)
+        texts: list[list[int]] = [[] for _ in prompts]
+        decoded = steps = 0
+        requests = [Request(prompt=p, max_new_tokens=room, params=params) for p in prompts]
+        for event in engine.run(requests):
+            texts[event.request_id] += event.ids
+            if not event.prefill:
+                decoded += len(event.ids)
+                steps += 1
+        distinct = mean_distinct(texts)
+        return decoded / steps if steps else float("nan"), distinct if distinct else float("nan")

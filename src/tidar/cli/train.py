@@ -1,0 +1,237 @@
+"""`tidar train`: convert a checkpoint to TiDAR, or train one from scratch."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidar.errors import TidarError
+
+if TYPE_CHECKING:
+    from tidar.model import Transformer
+    from tidar.training.config import TrainConfig
+
+PROMPT_TOKENS = 32
+"""Tokens of a held-out sequence that the interval measurement takes as its prompt."""
+
+
+def train(
+    context: typer.Context,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id to start from (Llama, Mistral, Qwen2, Qwen3).")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="File, folder, glob or dataset name, or `PATH=WEIGHT`; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; the checkpoint is OUT/model.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML recipe; options on the command line win.")
+    ] = None,
+    self_data: Annotated[
+        int, typer.Option(min=0, help="Tokens of training text to sample from the base itself.")
+    ] = 0,
+    arch: Annotated[
+        Path | None, typer.Option(help="From scratch: JSON or YAML with config.json's fields.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="`tidar` or `ar`.")] = None,
+    draft_lens: Annotated[
+        str | None, typer.Option(help="K, or several to mix: `4,8,16`.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the causal loss.")] = None,
+    masking: Annotated[str | None, typer.Option(help="`full` or `random`.")] = None,
+    anchors: Annotated[
+        str | None, typer.Option(help="`grid`, or `random` offsets of it.")
+    ] = None,
+    soft_labels: Annotated[
+        float | None, typer.Option(help="Share of the mask loss taken against the causal head.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Clean tokens per sequence.")] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option(help="Held-out text, `NAME=PATH`; may be repeated.")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between held-out losses and real decoding.")
+    ] = None,
+    eval_prompts: Annotated[
+        int, typer.Option(help="Held-out prompts decoded at each evaluation.")
+    ] = 8,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
+
+    Any field of `transformers.TrainingArguments` is an option too: `--learning-rate 1e-5`, `--max-steps 1000`,
+    `--per-device-train-batch-size 8`, `--gradient-checkpointing true`. Ctrl-C saves a checkpoint; the same
+    command with `--resume` carries on. Every `--eval-every` steps the real decoder measures tokens per
+    forward on held-out prompts, beside both losses (`OUT/log.jsonl`, TensorBoard).
+
+    Examples:
+
+        tidar train --base Qwen/Qwen2.5-0.5B --data corpus.jsonl --out runs/q --draft-lens 4,8,16
+
+        tidar train --base ./my-llama --self-data 2000000 --out runs/mine --max-steps 2000
+
+        tidar train --config recipe.yaml --out runs/again --resume
+    """
+    values: dict[str, Any] = {**_recipe(config), **_extra_options(context.args)}
+    given = {
+        "base": base,
+        "data": data,
+        "out": out,
+        "arch": arch,
+        "tokenizer": tokenizer,
+        "objective": objective,
+        "draft_lens": draft_lens,
+        "alpha": alpha,
+        "masking": masking,
+        "anchors": anchors,
+        "soft_labels": soft_labels,
+        "seq_len": seq_len,
+        "eval_data": eval_data,
+        "eval_every": eval_every,
+        "resume": resume or None,
+    }
+    values.update({key: value for key, value in given.items() if value is not None})
+    if self_data:
+        _sample_self_data(values, self_data)
+    from tidar.training.config import TrainConfig
+    from tidar.training.trainer import TrainingInterrupted
+    from tidar.training.trainer import train as run
+
+    settings = TrainConfig.from_mapping(values)
+    try:
+        result = run(settings, on_interval=_measurement(settings, eval_prompts))
+    except TrainingInterrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(130) from None
+    record = {
+        "model": str(result.model),
+        "steps": result.steps,
+        "clean_tokens": result.clean_tokens,
+        "loss": result.loss,
+        "tokens_per_second": result.tokens_per_second,
+        "mfu": result.mfu,
+    }
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    speed = f", {result.tokens_per_second:,.0f} clean tokens/s" if result.tokens_per_second else ""
+    mfu = f", MFU {result.mfu:.1%}" if result.mfu else ""
+    typer.echo(f"{result.steps} steps, {result.clean_tokens:,} clean tokens{speed}{mfu}")
+    typer.echo(f"Checkpoint: {result.model}")
+
+
+def _recipe(path: Path | None) -> dict[str, Any]:
+    """The options of a YAML recipe; paths in it are relative to the working directory."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TidarError(f"The recipe {path} cannot be read as YAML: {error}.") from None
+    if not isinstance(values, dict):
+        raise TidarError(f"The recipe {path} must be a mapping of options to values.")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _extra_options(arguments: list[str]) -> dict[str, str]:
+    """Options that are not ours, `--name value` or `--name=value`, for TrainingArguments."""
+    values: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise TidarError(f"{argument!r} is not an option; options begin with --.")
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(rest, "")
+            if not value or value.startswith("--"):
+                raise TidarError(f"--{name} needs a value, such as --{name} true.")
+        values[name.replace("-", "_")] = value
+    return values
+
+
+def _sample_self_data(values: dict[str, Any], tokens: int) -> None:
+    """Writes `OUT/self-data.jsonl`, sampled from the base, and makes it training data."""
+    if not values.get("base") or not values.get("out"):
+        raise TidarError("--self-data samples text from a base model: give --base and --out as well.")
+    from tidar.training.self_data import sample_corpus
+
+    out = Path(values["out"])
+    seed = int(values.get("seed", 42))
+    corpora = {"self-data": (tokens, seed), "self-data-held-out": (max(tokens // 50, 2000), seed + 1)}
+    for name, (count, stream) in corpora.items():
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            sample_corpus(path, _sampler(str(values["base"]), stream, values), count)
+    own = str(out / "self-data.jsonl")
+    given = values.get("data") or []
+    values["data"] = [*([given] if isinstance(given, str) else given), own]
+    if not values.get("eval_data"):
+        values["eval_data"] = [f"base_samples={out / 'self-data-held-out.jsonl'}"]
+
+
+def _sampler(base: str, seed: int, values: Mapping[str, Any]) -> Callable[[], Iterator[list[int]]]:
+    """Makes a stream of texts drawn from the base at temperature 1, as token ids."""
+
+    def texts() -> Iterator[list[int]]:
+        from tidar.api import pick_device, pick_dtype
+        from tidar.decode.sample import sample_texts
+        from tidar.tokens import Tokenizer
+        from tidar.weights import load_checkpoint
+
+        device = pick_device("cpu" if values.get("use_cpu") else "auto")
+        loaded = load_checkpoint(base, device=device, dtype=pick_dtype("auto", device))
+        tokens = Tokenizer.load(loaded.folder)
+        start = tuple(tokens.encode("")) or tuple(sorted(tokens.eos_ids))[:1]
+        if not start:
+            raise TidarError(
+                f"{base} has neither a start token nor an end-of-text token, so there is nothing to "
+                "sample from; give --data instead."
+            )
+        limit = min(int(values.get("seq_len") or 1024), loaded.config.max_positions)
+        for text in sample_texts(
+            loaded.model, start, eos_ids=tokens.eos_ids, max_len=limit, seed=seed
+        ):
+            yield [*start, *text]
+
+    return texts
+
+
+def _measurement(
+    config: "TrainConfig", prompts: int
+) -> "Callable[[Transformer, int], dict[str, float]] | None":
+    """What the trainer calls at intervals: tokens per forward of the real decoder on held-out prompts."""
+    if config.objective != "tidar" or not config.eval_every or not config.eval_data or prompts < 1:
+        return None
+    from tidar.cli.interval import IntervalDecoding
+
+    return IntervalDecoding(config, prompts, PROMPT_TOKENS)
+
+
+def train_tokenizer(
+    data: Annotated[list[str], typer.Option(help="File, folder, glob or dataset name; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json.")],
+    vocab_size: Annotated[int, typer.Option(min=260, help="Pieces, specials included.")] = 8192,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl rows that holds the text.")] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer for a from-scratch run: digits apart, end-of-text and mask included.
+
+    Example:
+
+        tidar train-tokenizer --data corpus.jsonl --vocab-size 4096 --out runs/tokenizer
+    """
+    from tidar.training.sources import Source
+    from tidar.training.tokenizer import train_tokenizer as run
+
+    run([Source.parse(item) for item in data], out, vocab_size=vocab_size, text_field=text_field)
+    typer.echo(f"Tokenizer: {out}")

@@ -1,0 +1,214 @@
+"""One flat configuration of a run: our own fields, and any `TrainingArguments` field by name."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from tidar.errors import TidarError
+from tidar.training.objective import Objective
+from tidar.training.sources import Source
+
+# Set by us from other fields; giving them as well would leave two truths.
+_TAKEN: Final = {
+    "output_dir": "out",
+    "overwrite_output_dir": "out",
+    "resume_from_checkpoint": "resume",
+    "eval_steps": "eval_every",
+    "eval_strategy": "eval_every",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "do_train": "",
+    "do_eval": "",
+    "load_best_model_at_end": "",
+    "train_sampling_strategy": "",
+    "logging_nan_inf_filter": "",
+    "torch_compile": "compile",
+    "auto_find_batch_size": "",
+    "deepspeed": "",
+    "full_determinism": "",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A run. Values of `arguments` go to `transformers.TrainingArguments` over our defaults.
+
+    out: run folder: `log.jsonl`, `checkpoint-N` (to resume), and at the end `model` (the
+    checkpoint). base: folder or hub id to start from; else arch and tokenizer make a model from
+    scratch. arch: JSON or YAML file with the fields of a Hugging Face config.json. data, eval_data:
+    what to learn; held-out data by name. seq_len: clean tokens per sequence. A multiple of 128 on a
+    GPU. compile, attention: "auto" is compiled FlexAttention on a GPU and plain dense attention on
+    a CPU. min_lr_ratio: final over highest learning rate of the default schedule (cosine after a
+    warm-up). eval_every: steps between held-out losses and calls of `on_interval`; 0 is never.
+    eval_sequences: sequences of each held-out set that are used. save_dtype: of the final model;
+    "auto" is the base's, or float32 from scratch. peak_tflops: of one device, for the model FLOPs
+    utilisation; 0 looks the device up. resume: carry on from the last whole checkpoint in `out`.
+    """
+
+    out: Path
+    data: tuple[Source, ...]
+    base: str | None = None
+    arch: Path | None = None
+    tokenizer: Path | None = None
+    eval_data: tuple[tuple[str, Source], ...] = ()
+    text_field: str = "text"
+    end_token: str | None = None
+    seq_len: int = 1024
+    cache_dir: Path | None = None
+    objective: Literal["tidar", "ar"] = "tidar"
+    alpha: float = 1.0
+    draft_lens: tuple[int, ...] = (16,)
+    masking: Literal["full", "random"] = "full"
+    anchors: Literal["grid", "random"] = "grid"
+    soft_labels: float = 0.0
+    head_chunk: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    min_lr_ratio: float = 0.1
+    gradient_checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    attention: Literal["auto", "dense", "flex"] = "auto"
+    eval_every: int = 0
+    eval_sequences: int = 256
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    peak_tflops: float = 0.0
+    resume: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            if typing.get_origin(kind) is Literal and getattr(self, name) not in kind.__args__:
+                allowed = ", ".join(map(str, kind.__args__))
+                raise TidarError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}.")
+        if self.base is None and (self.arch is None or self.tokenizer is None):
+            raise TidarError(
+                "nothing to train: give base (a checkpoint), or arch and tokenizer (from scratch)."
+            )
+        if self.base is not None and self.arch is not None:
+            raise TidarError("give base (continue a checkpoint) or arch (from scratch), not both.")
+        for name in ("eval_every", "eval_sequences", "peak_tflops"):
+            if getattr(self, name) < 0:
+                raise TidarError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise TidarError(f"min_lr_ratio is {self.min_lr_ratio}; it must be from 0 to 1.")
+        for name in self.arguments:
+            _check_argument(name)
+        self.objective_with(seed=0)
+
+    def objective_with(self, seed: int) -> Objective:
+        """The objective of this run. Raises TidarError for impossible values."""
+        return Objective(
+            name=self.objective,
+            alpha=self.alpha,
+            draft_lens=self.draft_lens,
+            masking=self.masking,
+            anchors=self.anchors,
+            soft_labels=self.soft_labels,
+            head_chunk=self.head_chunk,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """From a recipe or a command line: our fields and `TrainingArguments` fields side by side.
+
+        `data` is one source or a list of them, `eval_data` a mapping or a list of `name=path`.
+        Texts are converted to the field's type. Raises TidarError for an unknown key, with the
+        nearest one.
+        """
+        own: dict[str, Any] = {}
+        arguments: dict[str, Any] = dict(values.get("arguments") or {})
+        kinds = typing.get_type_hints(cls)
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name == "arguments" or value is None:
+                continue
+            if name in kinds:
+                own[name] = _converted(name, value, kinds[name])
+            else:
+                _check_argument(name)
+                arguments[name] = value
+        for needed in ("out", "data"):
+            if needed not in own:
+                raise TidarError(f"the configuration lacks {needed!r}.")
+        return cls(**own, arguments=arguments)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the record of a run."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["data"] = [f"{source.name}={source.weight:g}" for source in self.data]
+        values["eval_data"] = {name: source.name for name, source in self.eval_data}
+        values["arguments"] = dict(self.arguments)
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(values, default=str)))
+
+
+@cache
+def argument_types() -> dict[str, Any]:
+    """Names of `transformers.TrainingArguments` fields, and the type of each as declared."""
+    from transformers import TrainingArguments
+
+    return {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def _check_argument(name: str) -> None:
+    if name in _TAKEN:
+        instead = f"; use {_TAKEN[name]!r}" if _TAKEN[name] else ""
+        raise TidarError(f"{name!r} cannot be set: the run decides it{instead}.")
+    known = argument_types()
+    if name not in known:
+        own = [f.name for f in dataclasses.fields(TrainConfig)]
+        near = difflib.get_close_matches(name, [*own, *known], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TidarError(f"unknown training option {name!r}.{hint}")
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """A value from YAML or a command line as the type of the field."""
+    if name == "data":
+        given: list[Any] = [value] if isinstance(value, str | Source) else list(value)
+        return tuple(i if isinstance(i, Source) else Source.parse(str(i)) for i in given)
+    if name == "eval_data":
+        return _eval_data(value)
+    if name == "draft_lens":
+        lens: Any = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(int(item) for item in ([lens] if isinstance(lens, int) else lens))
+        except (TypeError, ValueError):
+            raise TidarError(f"draft_lens is {value!r}; give numbers such as 8,16.") from None
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in kind.__args__ if k is not type(None))
+    try:
+        if kind is bool:
+            return value if isinstance(value, bool) else _BOOLS[str(value).lower()]
+        if name in ("compile", "attention") and isinstance(value, bool):
+            return "on" if value else "off"
+        return kind(value) if kind in (int, float, str, Path) else value
+    except (TypeError, ValueError, KeyError):
+        raise TidarError(f"{name} is {value!r}; it must be {kind.__name__}.") from None
+
+
+_BOOLS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _eval_data(value: Mapping[str, Any] | Sequence[Any] | str) -> tuple[tuple[str, Source], ...]:
+    if isinstance(value, Mapping):
+        return tuple((str(name), Source(str(path))) for name, path in value.items())
+    found: list[tuple[str, Source]] = []
+    for item in [value] if isinstance(value, str) else value:
+        if isinstance(item, tuple | list):
+            name, source = item
+            found.append((name, source if isinstance(source, Source) else Source(str(source))))
+            continue
+        name, _, path = str(item).partition("=")
+        found.append(
+            (name, Source(path)) if path else (Path(name).name.split(".")[0], Source(name))
+        )
+    if len({name for name, _ in found}) < len(found):
+        raise TidarError("two sets of eval_data have one name; write name=path.")
+    return tuple(found)
