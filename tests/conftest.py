@@ -1,13 +1,13 @@
 """Counts, over all tests and workers, the token differences that a tiny margin excused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from models import Excuses
 
 
 @pytest.fixture
-def excuses(record_property: pytest.FixtureRequest) -> Iterator[Excuses]:
+def excuses(record_property: Callable[[str, object], None]) -> Iterator[Excuses]:
     """Compares tokens; the terminal summary says how many were compared and excused."""
     counts = Excuses()
     yield counts

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import FinishReason, Request
 from tidar.layout import Schedule
 from tidar.methods import Method
-from tidar.model import ModelConfig, Transformer
+from tidar.model import ModelConfig, ModelType, Transformer
 from tidar.sampling import Draw, SamplingParams, gumbel_noise, process
 from tidar.weights import init_model, load_checkpoint
 
@@ -66,7 +66,7 @@ def random_model(
     """
     heads, kv_heads = (4, 2) if width >= 32 else (2, 1)
     config = ModelConfig(
-        model_type=family,
+        model_type=cast(ModelType, family),
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=width + 16,
@@ -164,8 +164,8 @@ def ar_text(
 ) -> Text:
     """`count` tokens of plain autoregressive decoding, fewer where the context ends.
 
-    The last one comes from the model's last position, so prompt and text have at most one token more
-    than the model has positions.
+    The last one comes from the model's last position, so prompt and text have at most one token
+    more than the model has positions.
     """
     if params.greedy:
         params = SamplingParams()  # the seed does not matter
@@ -188,7 +188,7 @@ def ar_text(
 
 @dataclass
 class Excuses:
-    """Token differences that a margin under `MARGIN` excuses; conftest.py prints how many there were."""
+    """Token differences that a margin under `MARGIN` excuses; conftest.py prints how many."""
 
     compared: int = 0
     excused: int = 0

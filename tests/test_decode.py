@@ -1,4 +1,4 @@
-"""Laws 2, 3, 5 and 6: TiDAR decoding is autoregressive decoding, and its cache holds what it should."""
+"""Laws 2, 3, 5 and 6: TiDAR decoding is AR decoding, and its cache holds what it should."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ from tidar.sampling import SamplingParams
 
 ALL_MODELS = (*FAMILIES, *CHECKPOINTS)
 
-SAMPLED = (
+SAMPLED: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 8},
@@ -86,7 +86,7 @@ def scripted_draft(
 
 @dataclass(frozen=True)
 class Scripted(Tidar):
-    """TiDAR with drafts that know the AR text, up to a wanted length. Texts are named by the seed."""
+    """TiDAR with drafts that know the AR text up to a wanted length; the seed names the text."""
 
     texts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     wanted: Wanted = lambda seed, position: 1

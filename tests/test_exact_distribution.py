@@ -1,8 +1,8 @@
 """Law 4: rejection-sampled text has exactly the AR distribution, by enumeration through the engine.
 
-A vocabulary of five tokens and the mask token. `walk` replays the whole run once for every way in which
-its draws can fall, so the weights of the outcomes are exact; no chi-square, no luck. The model is in
-float64, so that two ways to compute the same logits give the same probabilities.
+A vocabulary of five tokens and the mask token. `walk` replays the whole run once for every way in
+which its draws can fall, so the weights of the outcomes are exact; no chi-square, no luck. The
+model is in float64, so that two ways to compute the same logits give the same probabilities.
 """
 
 import copy
@@ -35,7 +35,7 @@ EXACT = 1e-9
 
 @cache
 def tiny(family: str = "llama") -> Transformer:
-    """Five tokens and a mask token, in float64, with distributions that are neither flat nor sharp."""
+    """Five tokens and a mask token in float64; its distributions are neither flat nor sharp."""
     model = copy.deepcopy(
         random_model(family, vocab=VOCAB + 1, layers=1, width=16, seed=0, limit=16)
     )
@@ -52,7 +52,7 @@ class Enough(Exception):
 
 @dataclass(frozen=True)
 class Watched(Tidar):
-    """TiDAR, left as soon as `count` tokens are chosen: saves the branches of a draft nobody verifies."""
+    """TiDAR, left once `count` tokens are chosen: saves the branches of a draft nobody verifies."""
 
     count: int = 0
     engines: list[Engine] = field(default_factory=list)
@@ -243,7 +243,7 @@ class ArgmaxWithSoftProbs(Watched):
 
 @dataclass(frozen=True)
 class LengthDependsOnTheValue(Watched):
-    """Gives up a draft token of one value before it is verified: the bias that the design warns of."""
+    """Gives up a draft token of one value unverified: the bias that the design warns of."""
 
     def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
         (verdict,) = super().resolve(step, hidden, project)

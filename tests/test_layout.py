@@ -210,7 +210,7 @@ def tail_rows_inside(prefix: int, tail_offsets: Tensor, limit: int | None) -> li
 @pytest.mark.parametrize("drafts", range(1, 5))
 @pytest.mark.parametrize("draft_len", range(1, 5))
 def test_decode_forms(drafts: int, draft_len: int) -> None:
-    """Dense rows, and "the whole prefix, then the tail matrix", with any anchors and any context end."""
+    """Dense rows, and "the whole prefix, then the tail matrix"; any anchors, any context end."""
     for prefix, anchors in itertools.product(range(4), subsets(drafts)):
         tail = build_tail(drafts, anchors, draft_len)
         assert len(tail) == len(tail.offsets) == drafts + len(anchors) * draft_len
@@ -300,7 +300,7 @@ def test_no_span_of_a_step_sees_its_own_or_a_later_token(
 
 @pytest.mark.parametrize("lengths", [[1], [5], [1, 1, 1], [3, 1, 4], [2, 6]])
 def test_labels(lengths: list[int]) -> None:
-    """Clean rows: the next token. Mask rows: their own. None where the document has none to give."""
+    """Clean rows: the next token. Mask rows: their own. None where the document has none."""
     total = sum(lengths)
     ids = torch.arange(100, 100 + total)
     document = torch.tensor(documents(lengths, [7 + 2 * i for i in range(len(lengths))]))
@@ -355,7 +355,7 @@ def test_schedule_parse_refuses(text: str) -> None:
 
 
 def test_which_spans_run_and_serve() -> None:
-    """A ∩ 1..L, or {1} where that is empty; then the nearest anchor at or before the accept count."""
+    """A ∩ 1..L, or {1} where that is empty; then the nearest anchor up to the accept count."""
     assert spans_for((1, 2, 4, 8), 8) == (1, 2, 4, 8)
     assert spans_for((1, 2, 4, 8), 3) == (1, 2)
     assert spans_for((), 5) == (1,)

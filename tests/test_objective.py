@@ -142,7 +142,7 @@ def test_random_masking_has_the_right_rows_and_an_unbiased_weight() -> None:
     top = spans.amax(-1, keepdim=True).expand_as(spans)
     assert torch.equal(spans[spans > 0], top[spans > 0])
     assert masked.float().mean().item() == pytest.approx(0.5, abs=0.01)
-    capped = weights.clamp(max=20)  # 1 / t has no variance; the capped mean is (1 + log 20...)/20
+    capped = weights.clamp(max=20)  # 1 / t itself has no finite variance
     assert capped.mean().item() == pytest.approx(1.0 - 0.5 / 20, abs=0.03)
 
 
@@ -156,7 +156,7 @@ def test_full_masking_hides_every_token() -> None:
 
 
 def test_randomness_depends_on_the_sequence_only() -> None:
-    """The same sequence gets the same layout in any batch, so world size and order do not matter."""
+    """A sequence gets one layout in any batch, so world size and order do not matter."""
     objective = Objective(draft_lens=(2, 4, 8), anchors="random", masking="random", seed=5)
     inputs = batch([[0] * 32] * 8, index=100)
     whole = layout(objective, inputs["document"], inputs["epoch"], inputs["index"])

@@ -46,9 +46,10 @@ class SpanRecorder(Tidar):
 def training_logits(
     model: Transformer, clean: list[int], anchor: int, draft_len: int, length: int
 ) -> Tensor:
-    """Logits of the span at `anchor` from the training layout, `clean` cut or filled to `length` tokens.
+    """Logits of the span at `anchor` from the training layout.
 
-    The document is packed between two others, beside a row with another draft length.
+    `clean` is cut at the anchor and filled to `length` tokens. The document is packed between two
+    others, beside a row with another draft length.
     """
     mask = model.config.mask_token_id
     assert mask is not None
@@ -78,6 +79,7 @@ def check_parity(name: str, limit: int | None, schedule: Schedule, temperature: 
     mask = model.config.mask_token_id
     assert mask is not None
     recorder = SpanRecorder(mask)
+    lengths: tuple[int, ...]
     if limit is None:
         lengths, count = (2, 9, 1, 14), 6
     else:
@@ -120,7 +122,7 @@ def check_parity(name: str, limit: int | None, schedule: Schedule, temperature: 
     ("draft_len", "spans"), [(4, (1, 2, 3, 4)), (3, (2,)), (8, (1, 3, 6)), (2, ()), (16, (1, 2))]
 )
 def test_spans_equal_training(name: str, draft_len: int, spans: tuple[int, ...]) -> None:
-    """Through the cached engine, for every span of a step, at several draft lengths of one model."""
+    """Through the cached engine, every span of a step, several draft lengths of one model."""
     offsets = check_parity(name, None, Schedule(draft_len, spans), 1.0)
     assert offsets >= {n for n in spans or (1,) if n <= 2}
 

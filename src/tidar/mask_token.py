@@ -22,8 +22,8 @@ _RESERVED: Final = re.compile(
 def choose_mask_token(raw_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, bool]:
     """Pick the token id for `[MASK]`, changing the model as little as possible.
 
-    In this order: the one that the checkpoint already names; the first row past every tokenizer id
-    (Qwen pads its vocabulary); the last of the tokens that the family keeps in reserve (Llama 3,
+    In this order: the one that the checkpoint already names; the tokenizer's own mask token, if the
+    model has a row for it; the first row past every tokenizer id (Qwen pads its vocabulary); the last of the tokens that the family keeps in reserve (Llama 3,
     Mistral), as the first ones are those that others use; a new row.
 
     Args:
@@ -37,6 +37,8 @@ def choose_mask_token(raw_config: Mapping[str, Any], tokenizer: Tokenizer) -> tu
     if isinstance(entry, dict) and isinstance(entry.get("mask_token_id"), int):
         return entry["mask_token_id"], False
     rows = int(raw_config["vocab_size"])
+    if tokenizer.mask_id is not None and tokenizer.mask_id < rows:
+        return tokenizer.mask_id, False
     if tokenizer.max_id + 1 < rows:
         return tokenizer.max_id + 1, False
     used = set(tokenizer.special_ids)

@@ -293,10 +293,11 @@ def _label_axes(axes: "Axes", picture: Picture, side: float) -> None:
     above = 10 + (5.6 * longest if narrow else 12)
     note = fill(picture.note, max(int(side * 13), 40))
     lines = note.count("\n") + 1
-    for text, height, style in (
+    styles: tuple[tuple[str, float, dict[str, Any]], ...] = (
         (picture.title, above + 12 * lines + 5, {"fontsize": 13, "fontweight": "bold"}),
         (note, above, {"fontsize": 8.5, "color": "#4a5563", "linespacing": 1.3}),
-    ):
+    )
+    for text, height, style in styles:
         axes.annotate(
             text, (0, 1), xytext=(0, height), xycoords="axes fraction",
             textcoords="offset points", va="bottom", **style,

@@ -26,6 +26,7 @@ class Tokenizer:
         vocab_size: number of tokens that the tokenizer knows; a model may have more rows.
         max_id: the largest token id that the tokenizer can give.
         special_ids: start, end, padding and unknown token, as far as they exist.
+        mask_id: the tokenizer's own mask token; None for most families.
     """
 
     def __init__(self, backend: Any, eos_ids: Iterable[int] = ()) -> None:
@@ -34,6 +35,7 @@ class Tokenizer:
         self.vocab: dict[str, int] = backend.get_vocab()
         self.vocab_size = len(backend)
         self.max_id = max(self.vocab.values())
+        self.mask_id: int | None = backend.mask_token_id
         own_eos = [] if backend.eos_token_id is None else [backend.eos_token_id]
         self.eos_ids = frozenset([*eos_ids, *own_eos])
         special = (backend.bos_token_id, backend.eos_token_id, backend.pad_token_id,

@@ -13,38 +13,52 @@ if TYPE_CHECKING:
     from tidar.tokens import Tokenizer
 
 
+ModelArg = Annotated[
+    str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
+]
+PromptsArg = Annotated[
+    Path, typer.Option(help="JSON lines: prompt, and optionally id, continuation, answer.")
+]
+MethodsArg = Annotated[
+    str, typer.Option(help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:plan; by commas.")
+]
+MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]
+TemperatureArg = Annotated[float, typer.Option(help="0 is greedy.")]
+SeedArg = Annotated[int, typer.Option(help="Of the sampling noise.")]
+RunsArg = Annotated[int, typer.Option(help="Timed runs of each prompt and method.")]
+LimitArg = Annotated[int | None, typer.Option(help="Only the first prompts of the file.")]
+BatchArg = Annotated[int, typer.Option(help="Sequences at a time; per-prompt speeds only at 1.")]
+IgnoreEosArg = Annotated[bool, typer.Option("--ignore-eos", help="Decode past end-of-text.")]
+TeacherForcedArg = Annotated[
+    bool, typer.Option("--teacher-forced", help="Measure on each prompt's real continuation.")
+]
+RandomWeightsArg = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Use the folder's config only; for step times."),
+]
+DtypeArg = Annotated[str, typer.Option(help="float32, bfloat16, float16.")]
+DeviceArg = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+OutArg = Annotated[Path | None, typer.Option(help="Write the record to this file.")]
+
+
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
-    ] = None,
-    prompts: Annotated[
-        Path, typer.Option(help="JSON lines: prompt, and optionally id, continuation, answer.")
-    ] = ...,  # type: ignore[assignment]
-    methods: Annotated[
-        str, typer.Option(help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:plan; by commas.")
-    ] = "ar,tidar:plan",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per prompt at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
-    runs: Annotated[int, typer.Option(help="Timed runs of each prompt and method.")] = 5,
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts of the file.")] = None,
-    batch: Annotated[
-        int, typer.Option(help="Sequences at a time; per-prompt speeds only at 1.")
-    ] = 1,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Decode past end-of-text.")
-    ] = False,
-    teacher_forced: Annotated[
-        bool, typer.Option("--teacher-forced", help="Measure on each prompt's real continuation.")
-    ] = False,
-    random_weights: Annotated[
-        bool,
-        typer.Option("--random-weights", help="Use the folder's config only; for step times."),
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the record to this file.")] = None,
+    model: ModelArg = None,
+    prompts: PromptsArg = ...,  # type: ignore[assignment]
+    methods: MethodsArg = "ar,tidar:plan",
+    max_new_tokens: MaxNewTokensArg = 256,
+    temperature: TemperatureArg = 0.0,
+    seed: SeedArg = 0,
+    runs: RunsArg = 5,
+    limit: LimitArg = None,
+    batch: BatchArg = 1,
+    ignore_eos: IgnoreEosArg = False,
+    teacher_forced: TeacherForcedArg = False,
+    random_weights: RandomWeightsArg = False,
+    dtype: DtypeArg = "float32",
+    device: DeviceArg = "cpu",
+    as_json: AsJsonArg = False,
+    out: OutArg = None,
 ) -> None:
     """Measure decoding methods side by side.
 
@@ -59,14 +73,7 @@ def bench(
 
         tidar bench DIR --prompts p.jsonl --device cuda --dtype bfloat16 --batch 100 --runs 1
     """
-    import json
-    import sys
-
-    from rich.console import Console
-
     from tidar.bench.measure import Settings
-    from tidar.bench.prompts import read_prompts
-    from tidar.bench.record import make_record, write_record
     from tidar.decode.spec import parse_methods
 
     settings = Settings(
@@ -80,20 +87,49 @@ def bench(
         teacher_forced=teacher_forced,
     )
     network, tokenizer, subject = load_subject(model, device, dtype, random_weights)
-    file = read_prompts(prompts, tokenizer, network, limit)
     settings = replace(settings, draft_lens=tuple(subject["model"]["trained_draft_lens"]))
+    record = measure(network, tokenizer, prompts, limit, settings, subject, dtype)
+    report(record, as_json, out)
+
+
+def measure(
+    network: "Transformer",
+    tokenizer: "Tokenizer | None",
+    prompts: Path,
+    limit: int | None,
+    settings: "Settings",
+    subject: dict[str, Any],
+    dtype: str,
+) -> dict[str, Any]:
+    """The record of a measurement over a prompt file."""
+    import sys
+
+    from tidar.bench.prompts import read_prompts
+    from tidar.bench.record import make_record
+
+    file = read_prompts(prompts, tokenizer, network, limit)
     results = _measure(network, tokenizer, file, settings)
     subject["prompts"] = {
         "file": str(file.path), "sha256": file.sha256, "count": len(file.prompts),
         "distinct_4_of_real_text": _real_distinct(file, settings),
     }  # fmt: skip
-    record = make_record(
+    return make_record(
         command=sys.argv,
         device=network.embed.weight.device,
         subject=subject,
         settings=_settings_json(settings, dtype),
         results=results,
     )
+
+
+def report(record: dict[str, Any], as_json: bool, out: Path | None) -> None:
+    """Shows the record, and writes it where asked to."""
+    import json
+
+    from rich.console import Console
+
+    from tidar.bench.record import write_record
+
     if out is not None:
         write_record(out, record)
     if as_json:
@@ -135,8 +171,8 @@ def load_subject(
 
 def _random_model(folder: Path) -> "Transformer":
     """The shape of a checkpoint with random weights; the last vocabulary row is the mask token."""
-    from tidar.hf_config import config_from_hf
-    from tidar.weights import init_model, read_json
+    from tidar.hf_config import config_from_hf, read_json
+    from tidar.weights import init_model
 
     raw = read_json(folder / "config.json")
     network = init_model(config_from_hf(raw, mask_token_id=int(raw["vocab_size"]) - 1), seed=0)
@@ -204,6 +240,8 @@ def _range(values: dict[str, float] | None, digits: int | None = None, unit: str
     if digits is None:
         digits = 0 if values["median"] >= 100 else 2
     low, middle, high = (f"{values[key]:.{digits}f}" for key in ("min", "median", "max"))
+    if low == high:
+        return f"{middle}{unit}"
     return f"{middle}{unit} ({low}-{high})"
 
 

@@ -20,32 +20,44 @@ class What(StrEnum):
     model = "model"
 
 
+WhatArg = Annotated[What, typer.Argument(help="Which mask to draw, or model.")]
+FolderArg = Annotated[
+    str | None, typer.Argument(metavar="[DIR]", help="model: the checkpoint to describe.")
+]
+DraftLenArg = Annotated[int, typer.Option("--draft-len", "-K", help="Rows per span, K.")]
+LengthArg = Annotated[int, typer.Option(help="training: tokens of the sequence.")]
+OffsetArg = Annotated[int, typer.Option(help="training: start of the grid of spans.")]
+DocumentsArg = Annotated[
+    str | None,
+    typer.Option(help="training: lengths of packed documents, such as 5,7, not --length."),
+]
+PromptLenArg = Annotated[int, typer.Option(help="prefill: tokens of the prompt.")]
+PrefixArg = Annotated[int, typer.Option(help="decode: committed tokens.")]
+SpanSetArg = Annotated[
+    str, typer.Option(help="decode: dense, single, none, or accept counts such as 1,2,4.")
+]
+DraftsArg = Annotated[
+    int | None, typer.Option(help="decode: draft rows in the step, 1 to K (default K).")
+]
+PngArg = Annotated[
+    Path | None, typer.Option(help="Also draw it into this file (needs tidar[plot]).")
+]
+AsJsonArg = Annotated[bool, typer.Option("--json", help="Print matrices or facts as JSON.")]
+
+
 def inspect(
-    what: Annotated[What, typer.Argument(help="Which mask to draw, or model.")] = What.decode,
-    folder: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="model: the checkpoint to describe.")
-    ] = None,
-    draft_len: Annotated[int, typer.Option("--draft-len", "-K", help="Rows per span, K.")] = 4,
-    length: Annotated[int, typer.Option(help="training: tokens of the sequence.")] = 12,
-    offset: Annotated[int, typer.Option(help="training: start of the grid of spans.")] = 0,
-    documents: Annotated[
-        str | None,
-        typer.Option(help="training: lengths of packed documents, such as 5,7, not --length."),
-    ] = None,
-    prompt_len: Annotated[int, typer.Option(help="prefill: tokens of the prompt.")] = 8,
-    prefix: Annotated[int, typer.Option(help="decode: committed tokens.")] = 6,
-    span_set: Annotated[
-        str, typer.Option(help="decode: dense, single, none, or accept counts such as 1,2,4.")
-    ] = "dense",
-    drafts: Annotated[
-        int | None, typer.Option(help="decode: draft rows in the step, 1 to K (default K).")
-    ] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Also draw it into this file (needs tidar[plot]).")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print matrices or facts as JSON.")
-    ] = False,
+    what: WhatArg = What.decode,
+    folder: FolderArg = None,
+    draft_len: DraftLenArg = 4,
+    length: LengthArg = 12,
+    offset: OffsetArg = 0,
+    documents: DocumentsArg = None,
+    prompt_len: PromptLenArg = 8,
+    prefix: PrefixArg = 6,
+    span_set: SpanSetArg = "dense",
+    drafts: DraftsArg = None,
+    png: PngArg = None,
+    as_json: AsJsonArg = False,
 ) -> None:
     """Draw the attention masks, or describe a checkpoint.
 

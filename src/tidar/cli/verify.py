@@ -10,18 +10,26 @@ if TYPE_CHECKING:
     from tidar.weights import Checkpoint
 
 
+ModelArg = Annotated[
+    str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
+]
+PromptsArg = Annotated[
+    Path | None,
+    typer.Option(help="Texts to check on: one a line, or JSON lines with `prompt`."),
+]
+QuickArg = Annotated[bool, typer.Option("--quick", help="Fewer schedules, seeds, tokens.")]
+DtypeArg = Annotated[str, typer.Option(help="float32 is the one with exact laws.")]
+DeviceArg = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")]
+
+
 def verify(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Texts to check on: one a line, or JSON lines with `prompt`."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer schedules, seeds, tokens.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32 is the one with exact laws.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    model: ModelArg = None,
+    prompts: PromptsArg = None,
+    quick: QuickArg = False,
+    dtype: DtypeArg = "float32",
+    device: DeviceArg = "cpu",
+    as_json: AsJsonArg = False,
 ) -> None:
     """Check on your own checkpoint that decoding is exact.
 
@@ -37,7 +45,6 @@ def verify(
         tidar verify --quick
     """
     import json
-    from dataclasses import asdict
 
     from rich.console import Console
     from rich.progress import Progress
@@ -65,20 +72,27 @@ def verify(
         findings = run_laws(
             subject, lambda claim: progress.update(task, advance=1, description=claim)
         )
-    failed = any(finding.verdict == "fail" for finding in findings)
     if as_json:
-        report = {
-            "source": checkpoint.source,
-            "passed": not failed,
-            "tolerance": subject.tolerance,
-            "near_tie": subject.near_tie,
-            "laws": [asdict(finding) for finding in findings],
-        }
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps(findings_json(checkpoint, subject, findings), indent=2))
     else:
         show_findings(checkpoint, subject, findings, dtype, Console())
-    if failed:
+    if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)
+
+
+def findings_json(
+    checkpoint: "Checkpoint", subject: "Subject", findings: "list[Finding]"
+) -> dict[str, Any]:
+    """The page as JSON values."""
+    from dataclasses import asdict
+
+    return {
+        "source": checkpoint.source,
+        "passed": all(finding.verdict != "fail" for finding in findings),
+        "tolerance": subject.tolerance,
+        "near_tie": subject.near_tie,
+        "laws": [asdict(finding) for finding in findings],
+    }
 
 
 def read_texts(path: Path | None, checkpoint: "Checkpoint") -> list[list[int]]:

@@ -61,10 +61,22 @@ def largest_difference(got: Tensor, expected: Tensor) -> float:
 
 
 def near_tie_margin(model: Transformer, ids: Sequence[int]) -> float:
-    """Margin under which a difference is excused: 1e-4 in float32, else from measured rounding."""
-    if model.embed.weight.dtype == torch.float32:
+    """Margin under which a difference is excused: 1e-4 in float32.
+
+    In a narrower type: four times the rounding measured here, and at least two steps of that type
+    at the size of the largest logit.
+    """
+    dtype = model.embed.weight.dtype
+    if dtype == torch.float32:
         return NEAR_TIE
-    return max(NEAR_TIE, 4 * rounding_noise(model, ids))
+    steps = 2 * torch.finfo(dtype).eps * logit_scale(model, ids)
+    return max(NEAR_TIE, 4 * rounding_noise(model, ids), steps)
+
+
+def logit_scale(model: Transformer, ids: Sequence[int]) -> float:
+    """The largest finite logit of a causal pass, in size; at least 1."""
+    logits = causal_logits(model, ids)
+    return max(1.0, float(logits[logits.isfinite()].abs().max()))
 
 
 def choice_margin(model: Transformer, ids: Sequence[int], params: SamplingParams) -> float:

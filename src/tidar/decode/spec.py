@@ -47,8 +47,8 @@ class MethodSpec:
         mask = model.config.mask_token_id
         if mask is None and not self.is_ar:
             raise TidarError(
-                f"Method {self.name} drafts with mask rows, and this checkpoint has none: "
-                'there is no "tidar" entry in config.json. Convert it with `tidar train`, or use ar.'
+                f"Method {self.name} drafts with mask rows, and this checkpoint has no mask token "
+                '(no "tidar" entry in config.json). Convert it with `tidar train`, or use ar.'
             )
         method = Tidar(0 if mask is None else mask)  # AR has no mask rows: the id is never read
         plan = self.plan(model, method, batch=max_batch, draft_lens=draft_lens)

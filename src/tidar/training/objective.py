@@ -292,5 +292,7 @@ class TrainingModel(nn.Module):
                 config.mask_token_id,
                 self.objective.soft_labels,
             )
-            total = total + checkpoint(self._chunk_loss, *arguments, use_reentrant=False)
+            total = total + checkpoint(
+                self._chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
         return total

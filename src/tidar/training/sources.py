@@ -1,7 +1,7 @@
 """Where training text comes from: files, folders, globs and hub datasets, as a stream of documents.
 
-A document is a string, or a list of token ids (rows with an `ids` field, such as text that a model
-sampled itself). Nothing here holds more than one file's text at a time, and every problem with a
+A document is a string (a row's text, after its `prompt` where it has one), or a list of token ids (rows
+with an `ids` field, such as text that a model sampled itself). Nothing here holds more than one file's text at a time, and every problem with a
 file names the file, and the line where there is one.
 """
 
@@ -190,9 +190,14 @@ def _field(row: Any, text_field: str, where: str) -> Document:
             f"{where}: no field {text_field!r}; the row has {', '.join(map(repr, row)) or 'none'}. "
             "Name the right one with --text-field."
         )
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise TidarError(f"{where}: field {text_field!r} must be text, got {type(text).__name__}.")
+    # Rows of question and answer: the prompt comes before the text, as it is.
+    parts = [row[name] for name in dict.fromkeys(("prompt", text_field)) if name in row]
+    for part in parts:
+        if not isinstance(part, str):
+            raise TidarError(
+                f"{where}: fields 'prompt' and {text_field!r} must be text, got {type(part).__name__}."
+            )
+    text = "".join(parts)
     return text if text.strip() else ""
 
 

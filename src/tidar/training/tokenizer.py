@@ -10,6 +10,20 @@ from tidar.training.sources import Source, documents
 END = "<|endoftext|>"
 
 
+def _sample(sources: Sequence[Source], text_field: str, max_characters: int) -> list[str]:
+    """The start of each source, in equal shares."""
+    found: list[str] = []
+    for source in sources:
+        left = max_characters // len(sources)
+        for document in documents(source, text_field):
+            if isinstance(document, str):
+                found.append(document[:left])
+                left -= len(document)
+            if left <= 0:
+                break
+    return found
+
+
 def train_tokenizer(
     sources: Sequence[Source],
     folder: Path,
@@ -45,19 +59,7 @@ def train_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
 
-    def texts() -> "list[str]":
-        found: list[str] = []
-        for source in sources:
-            left = max_characters // len(sources)
-            for document in documents(source, text_field):
-                if isinstance(document, str):
-                    found.append(document[:left])
-                    left -= len(document)
-                if left <= 0:
-                    break
-        return found
-
-    sample = texts()
+    sample = _sample(sources, text_field, max_characters)
     if not sample:
         raise TidarError("no usable text to train a tokenizer on.")
     tokenizer.train_from_iterator(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidar.attention import dense_attend
 from tidar.cache import KVCache
@@ -240,7 +240,7 @@ def transformers(subject: Subject, finding: Finding) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
         other = AutoModelForCausalLM.from_pretrained(
             str(subject.folder), dtype=subject.model.embed.weight.dtype, trust_remote_code=False
         )
@@ -250,11 +250,12 @@ def transformers(subject: Subject, finding: Finding) -> None:
     except Exception as error:  # whatever its loaders raise, the folder did not open
         finding.fail(f"transformers cannot open it: {str(error).splitlines()[0]}")
         return
-    other.to(subject.model.embed.weight.device).eval()
+    network: nn.Module = other.eval()
+    network.to(subject.model.embed.weight.device)
     for prompt in subject.prompts:
         tokens = torch.tensor([prompt], device=subject.model.embed.weight.device)
         with torch.inference_mode():
-            expected = other(tokens).logits[0]
+            expected = network(tokens).logits[0]
         got = causal_logits(subject.model, prompt)
         if subject.mask is not None:  # the one logit that decoding never uses
             expected, got = expected.clone(), got.clone()

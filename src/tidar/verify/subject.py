@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tidar.decode.compare import (
-    NEAR_TIE,
     causal_logits,
     first_difference,
     largest_difference,
+    logit_scale,
+    near_tie_margin,
     rounding_noise,
 )
 from tidar.decode.engine import Engine, FixedPlan
@@ -135,8 +136,8 @@ def make_subject(
     room = model.config.max_positions - max(map(len, cut)) - 1
     longest_prompt = max(cut, key=len)
     noise = rounding_noise(model, longest_prompt)
-    logits = causal_logits(model, longest_prompt)
-    scale = max(1.0, float(logits[logits.isfinite()].abs().max()))
+    scale, dtype = logit_scale(model, longest_prompt), model.embed.weight.dtype
+    narrow = 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     lens = sorted({2, 4, *(draft_lens or (8,))} if not quick else {2, max(draft_lens, default=4)})
     schedules = [dense_schedule(k) for k in lens]
     if not quick:
@@ -151,8 +152,8 @@ def make_subject(
         schedules=tuple(schedules),
         params=tuple(params),
         max_new_tokens=max(1, min(16 if quick else 32, room)),
-        tolerance=max(FLOAT_TOLERANCE, 4 * noise / scale),
-        near_tie=max(NEAR_TIE, 4 * noise),
+        tolerance=max(FLOAT_TOLERANCE, 4 * noise / scale, narrow),
+        near_tie=max(near_tie_margin(model, longest_prompt), 4 * noise),
         folder=folder,
         make_method=make_method,
     )
