@@ -305,7 +305,9 @@ def pick_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise TidarError(f"device {device!r} is not known: use auto, cpu, cuda or cuda:N.") from None
+        raise TidarError(
+            f"device {device!r} is not known: use auto, cpu, cuda or cuda:N."
+        ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise TidarError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU here.")
     return chosen

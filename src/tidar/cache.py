@@ -78,9 +78,7 @@ class KVCache:
 
         return attend
 
-    def _attend_ragged(
-        self, first: int, count: int, lengths: list[int], visible: Tensor
-    ) -> Attend:
+    def _attend_ragged(self, first: int, count: int, lengths: list[int], visible: Tensor) -> Attend:
         width = visible.shape[-1]
         last, end = first + count, max(lengths) + width
         start = torch.tensor(lengths, device=self._device)

@@ -237,7 +237,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.draft_len < 1:
-            raise TidarError(f"draft_len is {self.draft_len}; it must be at least 1 (1 is plain AR).")
+            raise TidarError(
+                f"draft_len is {self.draft_len}; it must be at least 1 (1 is plain AR)."
+            )
         wrong = [n for n in self.span_set if not 1 <= n <= self.draft_len]
         if wrong or list(self.span_set) != sorted(set(self.span_set)):
             raise TidarError(

@@ -46,7 +46,9 @@ class SamplingParams:
                 f"temperature is {self.temperature}; it must be from 0 (greedy) to 100."
             )
         if not 0.0 < self.top_p <= 1.0:
-            raise TidarError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (keeps all).")
+            raise TidarError(
+                f"top_p is {self.top_p}; it must be above 0 and at most 1 (keeps all)."
+            )
         if self.top_k < 0:
             raise TidarError(f"top_k is {self.top_k}; it must be 0 (keeps all) or more.")
         if not 0 <= self.seed < 2**63:
@@ -99,7 +101,7 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def _mix(state: Tensor) -> Tensor:
+def mix(state: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64 bit patterns; multiplication wraps."""
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _MIX_1
     state = (state ^ ((state >> 27) & (2**37 - 1))) * _MIX_2
@@ -115,8 +117,8 @@ def gumbel_noise(seed: int, positions: Tensor, vocab_size: int) -> Tensor:
     tokens = torch.arange(vocab_size, device=positions.device)
     # Seed and position are mixed separately first, so that neither can be traded for the other.
     start = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + 1), device=positions.device)
-    rows = _mix(_mix(start) + positions * _MIX_1)
-    bits = _mix(rows.unsqueeze(-1) + (tokens + 1) * _GOLDEN)
+    rows = mix(mix(start) + positions * _MIX_1)
+    bits = mix(rows.unsqueeze(-1) + (tokens + 1) * _GOLDEN)
     # u is uniform in [0, 1) with fine steps near 0; the noise is -log(-log(1 - u)), so that its upper
     # tail, which decides who wins, is the part with full resolution.
     uniform = ((bits >> 11) & (2**53 - 1)).float() * 2.0**-53

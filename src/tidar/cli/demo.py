@@ -53,9 +53,7 @@ def demo(
     for kind, prompt in PROMPTS:
         console.rule(f"[bold]{kind}[/]: one colour per forward pass (K = 16, all spans)")
         console.print(prompt, end="", style="dim", markup=False, highlight=False)
-        events = model.stream(
-            prompt, draft_len=16, span_set="dense", max_new_tokens=max_new_tokens
-        )
+        events = model.stream(prompt, draft_len=16, span_set="dense", max_new_tokens=max_new_tokens)
         stream_text(console, events, show_steps=True)
     console.print(_table(model, runs, max_new_tokens))
 
@@ -81,7 +79,13 @@ def _table(model: "LanguageModel", runs: int, max_new_tokens: int) -> object:
             speed = statistics.median(each[1] / each[3] for each in measurements)
             same = "yes" if all(each[4] == expected for each in measurements) else "NO"
             table.add_row(
-                kind, label, str(tokens), str(forwards), f"{decoded / forwards:.2f}", f"{speed:.0f}", same
+                kind,
+                label,
+                str(tokens),
+                str(forwards),
+                f"{decoded / forwards:.2f}",
+                f"{speed:.0f}",
+                same,
             )
             assert ids is not None
         table.add_section()

@@ -14,9 +14,12 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; `-` reads standard input.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id; the bundled model if left out.")
+        str | None,
+        typer.Option("--model", "-m", help="Folder or hub id; the bundled model if left out."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="`tidar` or `ar`; by default what the model can do.")
@@ -42,7 +45,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop string; may be given several times.")
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     show_steps: Annotated[
@@ -102,7 +107,9 @@ def generate(
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the one place that was named. Raises TidarError for none, two, or an unreadable file."""
     if (prompt is None) == (file is None):
-        raise TidarError("Give the prompt once: as an argument, with --file, or `-` for standard input.")
+        raise TidarError(
+            "Give the prompt once: as an argument, with --file, or `-` for standard input."
+        )
     if file is not None:
         try:
             return file.read_text(encoding="utf-8")

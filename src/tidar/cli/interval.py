@@ -48,9 +48,7 @@ class IntervalDecoding:
         encoding = make_encoding(net, self._tokenizer_folder(), config.end_token)
         found = []
         for document in islice(documents(source, config.text_field), 20 * self.count):
-            ids = (
-                encoding.tokenizer.encode(document).ids if isinstance(document, str) else document
-            )
+            ids = encoding.tokenizer.encode(document).ids if isinstance(document, str) else document
             if len(ids) >= 2 * self.prompt_tokens:
                 found.append(tuple(ids[: self.prompt_tokens]))
             if len(found) == self.count:

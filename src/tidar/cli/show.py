@@ -24,9 +24,7 @@ def stream_text(
             continue
         style = ""
         if show_steps:
-            style = (
-                PREFILL_COLOUR if event.prefill else STEP_COLOURS[len(seen) % len(STEP_COLOURS)]
-            )
+            style = PREFILL_COLOUR if event.prefill else STEP_COLOURS[len(seen) % len(STEP_COLOURS)]
         console.print(Text(event.text, style=style), end="", soft_wrap=True, highlight=False)
     console.print()
     return seen

@@ -1,7 +1,7 @@
 """`tidar train`: convert a checkpoint to TiDAR, or train one from scratch."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,18 +20,21 @@ PROMPT_TOKENS = 32
 def train(
     context: typer.Context,
     base: Annotated[
-        str | None, typer.Option(help="Folder or hub id to start from (Llama, Mistral, Qwen2, Qwen3).")
+        str | None,
+        typer.Option(help="Folder or hub id to start from (Llama, Mistral, Qwen2, Qwen3)."),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="File, folder, glob or dataset name, or `PATH=WEIGHT`; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; the checkpoint is OUT/model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; the checkpoint is OUT/model.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML recipe; options on the command line win.")
     ] = None,
     self_data: Annotated[
-        int, typer.Option(min=0, help="Tokens of training text to sample from the base itself.")
+        int, typer.Option(min=0, help="Texts to sample from the base itself as training data.")
     ] = 0,
     arch: Annotated[
         Path | None, typer.Option(help="From scratch: JSON or YAML with config.json's fields.")
@@ -40,14 +43,10 @@ def train(
         Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
     ] = None,
     objective: Annotated[str | None, typer.Option(help="`tidar` or `ar`.")] = None,
-    draft_lens: Annotated[
-        str | None, typer.Option(help="K, or several to mix: `4,8,16`.")
-    ] = None,
+    draft_lens: Annotated[str | None, typer.Option(help="K, or several to mix: `4,8,16`.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the causal loss.")] = None,
     masking: Annotated[str | None, typer.Option(help="`full` or `random`.")] = None,
-    anchors: Annotated[
-        str | None, typer.Option(help="`grid`, or `random` offsets of it.")
-    ] = None,
+    anchors: Annotated[str | None, typer.Option(help="`grid`, or `random` offsets of it.")] = None,
     soft_labels: Annotated[
         float | None, typer.Option(help="Share of the mask loss taken against the causal head.")
     ] = None,
@@ -77,7 +76,7 @@ def train(
 
         tidar train --base Qwen/Qwen2.5-0.5B --data corpus.jsonl --out runs/q --draft-lens 4,8,16
 
-        tidar train --base ./my-llama --self-data 2000000 --out runs/mine --max-steps 2000
+        tidar train --base ./my-llama --self-data 10000 --out runs/mine --max-steps 2000
 
         tidar train --config recipe.yaml --out runs/again --resume
     """
@@ -160,51 +159,28 @@ def _extra_options(arguments: list[str]) -> dict[str, str]:
     return values
 
 
-def _sample_self_data(values: dict[str, Any], tokens: int) -> None:
-    """Writes `OUT/self-data.jsonl`, sampled from the base, and makes it training data."""
+def _sample_self_data(values: dict[str, Any], texts: int) -> None:
+    """Writes `OUT/self-data.jsonl`, sampled from the base, and makes it training data.
+
+    Texts that an interrupted run has sampled already are kept and the rest is added.
+    """
     if not values.get("base") or not values.get("out"):
-        raise TidarError("--self-data samples text from a base model: give --base and --out as well.")
+        raise TidarError(
+            "--self-data samples text from a base model: give --base and --out as well."
+        )
+    from tidar.cli.self_sampling import BaseSampler
     from tidar.training.self_data import sample_corpus
 
     out = Path(values["out"])
-    seed = int(values.get("seed", 42))
-    corpora = {"self-data": (tokens, seed), "self-data-held-out": (max(tokens // 50, 2000), seed + 1)}
+    corpora = {"self-data": (texts, 0), "self-data-held-out": (max(texts // 20, 64), 1)}
     for name, (count, stream) in corpora.items():
-        path = out / f"{name}.jsonl"
-        if not path.exists():
-            sample_corpus(path, _sampler(str(values["base"]), stream, values), count)
-    own = str(out / "self-data.jsonl")
+        with BaseSampler(values, stream, count, name) as sampler:
+            sample_corpus(sampler, count, out / f"{name}.jsonl", batch=256, append=True)
     given = values.get("data") or []
+    own = str(out / "self-data.jsonl")
     values["data"] = [*([given] if isinstance(given, str) else given), own]
     if not values.get("eval_data"):
         values["eval_data"] = [f"base_samples={out / 'self-data-held-out.jsonl'}"]
-
-
-def _sampler(base: str, seed: int, values: Mapping[str, Any]) -> Callable[[], Iterator[list[int]]]:
-    """Makes a stream of texts drawn from the base at temperature 1, as token ids."""
-
-    def texts() -> Iterator[list[int]]:
-        from tidar.api import pick_device, pick_dtype
-        from tidar.decode.sample import sample_texts
-        from tidar.tokens import Tokenizer
-        from tidar.weights import load_checkpoint
-
-        device = pick_device("cpu" if values.get("use_cpu") else "auto")
-        loaded = load_checkpoint(base, device=device, dtype=pick_dtype("auto", device))
-        tokens = Tokenizer.load(loaded.folder)
-        start = tuple(tokens.encode("")) or tuple(sorted(tokens.eos_ids))[:1]
-        if not start:
-            raise TidarError(
-                f"{base} has neither a start token nor an end-of-text token, so there is nothing to "
-                "sample from; give --data instead."
-            )
-        limit = min(int(values.get("seq_len") or 1024), loaded.config.max_positions)
-        for text in sample_texts(
-            loaded.model, start, eos_ids=tokens.eos_ids, max_len=limit, seed=seed
-        ):
-            yield [*start, *text]
-
-    return texts
 
 
 def _measurement(
@@ -219,10 +195,14 @@ def _measurement(
 
 
 def train_tokenizer(
-    data: Annotated[list[str], typer.Option(help="File, folder, glob or dataset name; repeatable.")],
+    data: Annotated[
+        list[str], typer.Option(help="File, folder, glob or dataset name; repeatable.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for tokenizer.json.")],
     vocab_size: Annotated[int, typer.Option(min=260, help="Pieces, specials included.")] = 8192,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl rows that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Field of jsonl rows that holds the text.")
+    ] = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer for a from-scratch run: digits apart, end-of-text and mask included.
 

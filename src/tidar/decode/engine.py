@@ -125,9 +125,7 @@ class Engine:
         return self._run(0, list(self.running), schedule)
 
     @torch.inference_mode()
-    def _run(
-        self, first: int, sequences: list[Sequence], schedule: Schedule
-    ) -> list[StepEvent]:
+    def _run(self, first: int, sequences: list[Sequence], schedule: Schedule) -> list[StepEvent]:
         """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence."""
         began = time.perf_counter()
         pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
@@ -153,9 +151,7 @@ class Engine:
             room = self.limit - prefix_len
             draft = draft.cut(min(schedule.draft_len, room, sequence.left))
         request = sequence.request
-        return Pending(
-            prefix_len, draft, self.limit, request.params, sequence.draw, request.forced
-        )
+        return Pending(prefix_len, draft, self.limit, request.params, sequence.draw, request.forced)
 
     def _commit(
         self,

@@ -101,7 +101,9 @@ class Chain:
         length at least K, index 0 unused.
         """
         size = self.schedule.draft_len
-        counts = np.zeros((size, size))  # counts[s, n - 1]: probability of n accepted tokens at shift s
+        counts = np.zeros(
+            (size, size)
+        )  # counts[s, n - 1]: probability of n accepted tokens at shift s
         for shift, length in enumerate(self.lengths):
             reached = np.concatenate([[1.0], np.cumprod(survival[shift + 1 : shift + length])])
             counts[shift, : length - 1] = reached[:-1] - reached[1:]
@@ -239,9 +241,7 @@ class MeasuredPlan:
             for acceptance in (track.acceptance, self.all):
                 acceptance.observe(track.shift, event.drafted, event.accepted)
         track.shift = (
-            0
-            if event.prefill
-            else next_shift(event.schedule, event.drafted, event.accepted)
+            0 if event.prefill else next_shift(event.schedule, event.drafted, event.accepted)
         )
 
     def survival(self) -> Floats:
@@ -307,9 +307,9 @@ def measure_costs(
             rows, seconds = _time_step(model, method, schedule, cache, context)
             if repeat:  # the first round warms up
                 times.setdefault(rows, []).append(seconds)
-    rows = sorted(times)
-    medians = [statistics.median(times[count]) for count in rows]
-    return StepCosts(tuple(rows), tuple(np.maximum.accumulate(medians).tolist()))
+    sizes = sorted(times)
+    medians = [statistics.median(times[size]) for size in sizes]
+    return StepCosts(tuple(sizes), tuple(np.maximum.accumulate(medians).tolist()))
 
 
 def _profile_schedules(max_draft_len: int) -> tuple[Schedule, ...]:

@@ -37,7 +37,12 @@ class ReferenceDecoder:
     """One sequence being decoded; `generate_reference` drives it."""
 
     def __init__(
-        self, model: Transformer, schedule: Schedule, params: SamplingParams, draw: Draw, beta: float
+        self,
+        model: Transformer,
+        schedule: Schedule,
+        params: SamplingParams,
+        draw: Draw,
+        beta: float,
     ) -> None:
         mask = model.config.mask_token_id
         assert mask is not None
@@ -59,7 +64,9 @@ class ReferenceDecoder:
         if self.beta != 1.0:
             for i in range(len(draft)):
                 at = (rows.position == start + i + 1) & rows.is_mask
-                if at.any():  # of the spans that cover the position, the one with the nearest anchor
+                if (
+                    at.any()
+                ):  # of the spans that cover the position, the one with the nearest anchor
                     nearest = int(torch.where(at, rows.anchor, -1).argmax())
                     causal[i] = self.beta * causal[i] + (1 - self.beta) * logits[nearest]
                     causal[i, self.mask] = -torch.inf
@@ -120,9 +127,7 @@ def generate_reference(
         draft = draft[:length]
         anchors = spans_for(schedule.span_set, len(draft)) if schedule.drafts else ()
         prefix = prefill_rows(len(clean), 0)
-        step = decode_rows(
-            len(clean), len(draft), anchors, schedule.draft_len, limit=decoder.limit
-        )
+        step = decode_rows(len(clean), len(draft), anchors, schedule.draft_len, limit=decoder.limit)
         rows = prefix.join(step)
         logits = decoder.logits(rows, clean + draft)
         n, token = decoder.verify(rows, logits, len(clean), draft, probs)

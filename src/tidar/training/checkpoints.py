@@ -30,7 +30,8 @@ def whole_checkpoints(out: Path) -> list[Path]:
 def start_point(out: Path, *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
-    Raises TidarError when `out` holds something and `resume` is off.
+    Raises TidarError when `out` holds something and `resume` is off. Text sampled for the run
+    (`self-data*`) may be there: it was made before training began.
     """
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     if out.exists() and not out.is_dir():
@@ -38,7 +39,7 @@ def start_point(out: Path, *, resume: bool) -> Path | None:
     if resume:
         whole = whole_checkpoints(out)
         return whole[-1] if whole else None
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not path.name.startswith("self-data") for path in out.iterdir()):
         raise TidarError(
             f"{out} is not empty. Give --resume to carry on from its last checkpoint, or another "
             "folder for a new run."

@@ -24,7 +24,7 @@ from tidar.attention import Attend, dense_attend
 from tidar.errors import TidarError
 from tidar.layout import IGNORE, Rows, dense, training_labels, training_rows
 from tidar.model import Layer, Transformer
-from tidar.sampling import _mix
+from tidar.sampling import mix
 from tidar.training.flex import flex_training_attend
 
 CHUNK_ELEMENTS = 1 << 29
@@ -86,7 +86,7 @@ def uniform(*counters: Tensor | int) -> Tensor:
     for counter in counters:
         if isinstance(counter, Tensor) and state.dim() == 0:
             state = state.to(counter.device)
-        state = _mix(state + counter + 0x5851F42D4C957F2D)
+        state = mix(state + counter + 0x5851F42D4C957F2D)
     return ((state >> 40) & (2**24 - 1)).float() * 2.0**-24
 
 
