@@ -23,8 +23,9 @@ def choose_mask_token(raw_config: Mapping[str, Any], tokenizer: Tokenizer) -> tu
     """Pick the token id for `[MASK]`, changing the model as little as possible.
 
     In this order: the one that the checkpoint already names; the tokenizer's own mask token, if the
-    model has a row for it; the first row past every tokenizer id (Qwen pads its vocabulary); the last of the tokens that the family keeps in reserve (Llama 3,
-    Mistral), as the first ones are those that others use; a new row.
+    model has a row for it; the first row past every tokenizer id (Qwen pads its vocabulary); the last
+    of the tokens that the family keeps in reserve (Llama 3, Mistral), as the first ones are those that
+    others use; a new row.
 
     Args:
         raw_config: config.json of the checkpoint.

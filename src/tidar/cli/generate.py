@@ -2,58 +2,74 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidar.errors import TidarError
 
+if TYPE_CHECKING:
+    from tidar.api import StreamEvent
+
+PromptArg = Annotated[str | None, typer.Argument(help="The prompt; `-` reads standard input.")]
+FileArg = Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")]
+ModelArg = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or hub id; the bundled model if left out."),
+]
+MethodArg = Annotated[
+    str | None, typer.Option(help="`tidar` or `ar`; by default what the model can do.")
+]
+DraftLenArg = Annotated[
+    int | None, typer.Option("--draft-len", "-K", help="K; by default the longest trained.")
+]
+SpanSetArg = Annotated[
+    str,
+    typer.Option(help="`plan` (measured here), `dense`, `single`, or accept counts: `1,2,4`."),
+]
+BetaArg = Annotated[
+    float, typer.Option(help="Trust in the causal logits; only 1 is exact, below 1 is lossy.")
+]
+MaxNewTokensArg = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")]
+TemperatureArg = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
+TopPArg = Annotated[float, typer.Option(help="1 keeps all.")]
+TopKArg = Annotated[int, typer.Option(help="0 keeps all.")]
+SeedArg = Annotated[int, typer.Option(help="Of the sampling noise.")]
+SamplingArg = Annotated[
+    str, typer.Option(help="`shared-noise` (text equals plain AR's) or `rejection`.")
+]
+StopArg = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
+IgnoreEosArg = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")]
+DeviceArg = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+DtypeArg = Annotated[str, typer.Option(help="auto, float32, bfloat16.")]
+ShowStepsArg = Annotated[
+    bool, typer.Option("--show-steps", help="Colour what each forward pass committed.")
+]
+AsJsonArg = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; `-` reads standard input.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder or hub id; the bundled model if left out."),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="`tidar` or `ar`; by default what the model can do.")
-    ] = None,
-    draft_len: Annotated[
-        int | None, typer.Option("--draft-len", "-K", help="K; by default the longest trained.")
-    ] = None,
-    span_set: Annotated[
-        str,
-        typer.Option(help="`plan` (measured here), `dense`, `single`, or accept counts: `1,2,4`."),
-    ] = "plan",
-    beta: Annotated[
-        float, typer.Option(help="Trust in the causal logits; only 1 is exact, below 1 is lossy.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="1 keeps all.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
-    sampling: Annotated[
-        str, typer.Option(help="`shared-noise` (text equals plain AR's) or `rejection`.")
-    ] = "shared-noise",
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop string; may be given several times.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
-    show_steps: Annotated[
-        bool, typer.Option("--show-steps", help="Colour what each forward pass committed.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    prompt: PromptArg = None,
+    file: FileArg = None,
+    model: ModelArg = None,
+    method: MethodArg = None,
+    draft_len: DraftLenArg = None,
+    span_set: SpanSetArg = "plan",
+    beta: BetaArg = 1.0,
+    max_new_tokens: MaxNewTokensArg = 128,
+    temperature: TemperatureArg = 0.0,
+    top_p: TopPArg = 1.0,
+    top_k: TopKArg = 0,
+    seed: SeedArg = 0,
+    sampling: SamplingArg = "shared-noise",
+    stop: StopArg = None,
+    ignore_eos: IgnoreEosArg = False,
+    device: DeviceArg = "auto",
+    dtype: DtypeArg = "auto",
+    show_steps: ShowStepsArg = False,
+    as_json: AsJsonArg = False,
 ) -> None:
     """Write text from a prompt; the text is streamed as it is committed.
 
@@ -65,34 +81,46 @@ def generate(
 
         echo "Compute 78417 + 5691." | tidar generate - --json
     """
-    from rich.console import Console
-
     import tidar
-    from tidar.cli.show import stream_text, summary
 
     text = _read_prompt(prompt, file)
-    loaded = tidar.load(model, device=device, dtype=dtype)
-    options: dict[str, Any] = {
-        "method": method,
-        "draft_len": draft_len,
-        "span_set": span_set,
-        "beta": beta,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "sampling": sampling,
-        "stop": stop or (),
-        "ignore_eos": ignore_eos,
-    }
-    events = loaded.stream(text, **options)
+    events = tidar.load(model, device=device, dtype=dtype).stream(
+        text,
+        method=method,  # type: ignore[arg-type]
+        draft_len=draft_len,
+        span_set=span_set,
+        beta=beta,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        sampling=sampling,  # type: ignore[arg-type]
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
     if as_json:
-        done = list(events)
-        ids = [token for event in done for token in event.ids]
-        record = {"text": "".join(event.text for event in done), "ids": ids, **summary(done)}
-        typer.echo(json.dumps({**record, "lossy": beta != 1.0}, ensure_ascii=False))
-        return
+        _print_json(events, lossy=beta != 1.0)
+    else:
+        _print_text(events, beta, show_steps=show_steps)
+
+
+def _print_json(events: "Iterator[StreamEvent]", *, lossy: bool) -> None:
+    """One JSON object: the text, its tokens and how they came."""
+    from tidar.cli.show import summary
+
+    done = list(events)
+    ids = [token for event in done for token in event.ids]
+    record = {"text": "".join(event.text for event in done), "ids": ids, **summary(done)}
+    typer.echo(json.dumps({**record, "lossy": lossy}, ensure_ascii=False))
+
+
+def _print_text(events: "Iterator[StreamEvent]", beta: float, *, show_steps: bool) -> None:
+    """The text as it is committed; with `show_steps` coloured by forward pass, and counted."""
+    from rich.console import Console
+
+    from tidar.cli.show import stream_text, summary
+
     if beta != 1.0:
         typer.secho(f"beta {beta}: lossy, not the model's own distribution", fg="yellow", err=True)
     facts = summary(stream_text(Console(), events, show_steps=show_steps))

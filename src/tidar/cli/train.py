@@ -16,54 +16,70 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 """Tokens of a held-out sequence that the interval measurement takes as its prompt."""
 
+BaseArg = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id to start from (Llama, Mistral, Qwen2, Qwen3)."),
+]
+DataArg = Annotated[
+    list[str] | None,
+    typer.Option(help="File, folder, glob or dataset name, or `PATH=WEIGHT`; may be repeated."),
+]
+OutArg = Annotated[Path | None, typer.Option(help="Run folder; the checkpoint is OUT/model.")]
+ConfigArg = Annotated[
+    Path | None, typer.Option(help="YAML recipe; options on the command line win.")
+]
+SelfDataArg = Annotated[
+    int, typer.Option(min=0, help="Texts to sample from the base itself as training data.")
+]
+ArchArg = Annotated[
+    Path | None, typer.Option(help="From scratch: JSON or YAML with config.json's fields.")
+]
+TokenizerArg = Annotated[
+    Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
+]
+ObjectiveArg = Annotated[str | None, typer.Option(help="`tidar` or `ar`.")]
+DraftLensArg = Annotated[str | None, typer.Option(help="K, or several to mix: `4,8,16`.")]
+AlphaArg = Annotated[float | None, typer.Option(help="Weight of the causal loss.")]
+MaskingArg = Annotated[str | None, typer.Option(help="`full` or `random`.")]
+AnchorsArg = Annotated[str | None, typer.Option(help="`grid`, or `random` offsets of it.")]
+SoftLabelsArg = Annotated[
+    float | None, typer.Option(help="Share of the mask loss taken against the causal head.")
+]
+SeqLenArg = Annotated[int | None, typer.Option(help="Clean tokens per sequence.")]
+EvalDataArg = Annotated[
+    list[str] | None, typer.Option(help="Held-out text, `NAME=PATH`; may be repeated.")
+]
+EvalEveryArg = Annotated[
+    int | None, typer.Option(help="Steps between held-out losses and real decoding.")
+]
+EvalPromptsArg = Annotated[int, typer.Option(help="Held-out prompts decoded at each evaluation.")]
+ResumeArg = Annotated[
+    bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
+]
+AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 
 def train(
     context: typer.Context,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id to start from (Llama, Mistral, Qwen2, Qwen3)."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="File, folder, glob or dataset name, or `PATH=WEIGHT`; may be repeated."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; the checkpoint is OUT/model.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML recipe; options on the command line win.")
-    ] = None,
-    self_data: Annotated[
-        int, typer.Option(min=0, help="Texts to sample from the base itself as training data.")
-    ] = 0,
-    arch: Annotated[
-        Path | None, typer.Option(help="From scratch: JSON or YAML with config.json's fields.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
-    ] = None,
-    objective: Annotated[str | None, typer.Option(help="`tidar` or `ar`.")] = None,
-    draft_lens: Annotated[str | None, typer.Option(help="K, or several to mix: `4,8,16`.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the causal loss.")] = None,
-    masking: Annotated[str | None, typer.Option(help="`full` or `random`.")] = None,
-    anchors: Annotated[str | None, typer.Option(help="`grid`, or `random` offsets of it.")] = None,
-    soft_labels: Annotated[
-        float | None, typer.Option(help="Share of the mask loss taken against the causal head.")
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Clean tokens per sequence.")] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option(help="Held-out text, `NAME=PATH`; may be repeated.")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between held-out losses and real decoding.")
-    ] = None,
-    eval_prompts: Annotated[
-        int, typer.Option(help="Held-out prompts decoded at each evaluation.")
-    ] = 8,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    base: BaseArg = None,
+    data: DataArg = None,
+    out: OutArg = None,
+    config: ConfigArg = None,
+    self_data: SelfDataArg = 0,
+    arch: ArchArg = None,
+    tokenizer: TokenizerArg = None,
+    objective: ObjectiveArg = None,
+    draft_lens: DraftLensArg = None,
+    alpha: AlphaArg = None,
+    masking: MaskingArg = None,
+    anchors: AnchorsArg = None,
+    soft_labels: SoftLabelsArg = None,
+    seq_len: SeqLenArg = None,
+    eval_data: EvalDataArg = None,
+    eval_every: EvalEveryArg = None,
+    eval_prompts: EvalPromptsArg = 8,
+    resume: ResumeArg = False,
+    as_json: AsJsonArg = False,
 ) -> None:
     """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
 
@@ -81,26 +97,24 @@ def train(
         tidar train --config recipe.yaml --out runs/again --resume
     """
     values: dict[str, Any] = {**_recipe(config), **_extra_options(context.args)}
-    given = {
-        "base": base,
-        "data": data,
-        "out": out,
-        "arch": arch,
-        "tokenizer": tokenizer,
-        "objective": objective,
-        "draft_lens": draft_lens,
-        "alpha": alpha,
-        "masking": masking,
-        "anchors": anchors,
-        "soft_labels": soft_labels,
-        "seq_len": seq_len,
-        "eval_data": eval_data,
-        "eval_every": eval_every,
-        "resume": resume or None,
-    }
-    values.update({key: value for key, value in given.items() if value is not None})
+    values.update(_own_options(context))
     if self_data:
         _sample_self_data(values, self_data)
+    record = _run(values, eval_prompts)
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    speed, mfu = record["tokens_per_second"], record["mfu"]
+    told = f"{record['steps']} steps, {record['clean_tokens']:,} clean tokens"
+    told += f", {speed:,.0f} clean tokens/s" if speed else ""
+    typer.echo(told + (f", MFU {mfu:.1%}" if mfu else ""))
+    typer.echo(f"Checkpoint: {record['model']}")
+
+
+def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
+    """Trains by these options; what the run did, as JSON values. Exit code 130 after an interrupt."""
+    from dataclasses import asdict
+
     from tidar.training.config import TrainConfig
     from tidar.training.trainer import TrainingInterrupted
     from tidar.training.trainer import train as run
@@ -111,21 +125,7 @@ def train(
     except TrainingInterrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(130) from None
-    record = {
-        "model": str(result.model),
-        "steps": result.steps,
-        "clean_tokens": result.clean_tokens,
-        "loss": result.loss,
-        "tokens_per_second": result.tokens_per_second,
-        "mfu": result.mfu,
-    }
-    if as_json:
-        typer.echo(json.dumps(record))
-        return
-    speed = f", {result.tokens_per_second:,.0f} clean tokens/s" if result.tokens_per_second else ""
-    mfu = f", MFU {result.mfu:.1%}" if result.mfu else ""
-    typer.echo(f"{result.steps} steps, {result.clean_tokens:,} clean tokens{speed}{mfu}")
-    typer.echo(f"Checkpoint: {result.model}")
+    return {**asdict(result), "model": str(result.model)}
 
 
 def _recipe(path: Path | None) -> dict[str, Any]:
@@ -141,6 +141,17 @@ def _recipe(path: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TidarError(f"The recipe {path} must be a mapping of options to values.")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _own_options(context: typer.Context) -> dict[str, Any]:
+    """The options of `train` that were given and that belong to the configuration of a run."""
+    ours = ("config", "self_data", "eval_prompts", "as_json")
+    given = {name: value for name, value in context.params.items() if name not in ours}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+        if value is not None and value is not False and value != ()  # 0 is a value
+    }
 
 
 def _extra_options(arguments: list[str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ a sequence in the cache may change while it runs.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence as SequenceOf
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 import torch

@@ -148,8 +148,15 @@ class Acceptance:
         self.accepted[shift + 1 : end] += 1
         self.tried[shift + 1 : tried] += 1
 
-    def estimate(self, prior: Floats, weight: float) -> Floats:
-        """Acceptance by depth, with `weight` imagined trials that went as `prior` says."""
+    def estimate(self, others: Floats, weight: float) -> Floats:
+        """Acceptance by depth of one request, given what all requests did (`others`).
+
+        A text is predictable or not at all depths alike, so depths that it has not tried are judged by
+        how its failures compare with the expected ones; `weight` is the trials that judgement counts as.
+        """
+        expected = float(self.tried @ (1.0 - others))
+        failed = float((self.tried - self.accepted).sum())
+        prior = 1.0 - np.clip((failed + 1.0) / (expected + 1.0) * (1.0 - others), 0.002, 0.98)
         return (self.accepted + weight * prior) / (self.tried + weight)
 
     def smoothed(self, start: float, weight: float) -> Floats:
@@ -222,27 +229,34 @@ class MeasuredPlan:
         active = frozenset(request_ids)
         if active != self.active:
             self.active = active
-            self.tracks = {k: v for k, v in self.tracks.items() if k in active}
             for request_id in active:
                 self.tracks.setdefault(request_id, _Track(Acceptance(self.depth)))
-            self.schedule, self.ar_steps, self.probing = self._best(), 0, 0
+            self.steps = self.ar_steps = self.probing = 0
+            self.schedule = self._best()
+            if not self.schedule.drafts:  # a new text gets its chance, whatever the others were like
+                self.schedule = self.probe
         elif self.schedule.drafts:
             self.steps += 1
-            if self.steps % self.replan == 0:
+            # Sooner at first, when every step says much about a text that is new.
+            if self.steps % self.replan == 0 or (self.steps <= 16 and self.steps % 4 == 2):
                 self._decide()
         return self._probe() if not self.schedule.drafts else self.schedule
 
     def observe(self, event: StepEvent) -> None:
         """See `Plan`."""
-        track = self.tracks.get(event.request_id)
-        if track is None:
+        if (
+            event.prefill
+        ):  # ids are an engine's own: a prefill begins a text, whatever had the id before
+            self.tracks[event.request_id] = _Track(Acceptance(self.depth))
+            self.active = frozenset()
             return
-        if not event.prefill and event.drafted > 1:
+        track = self.tracks[event.request_id]
+        if event.drafted > 1:
             for acceptance in (track.acceptance, self.all):
                 acceptance.observe(track.shift, event.drafted, event.accepted)
-        track.shift = (
-            0 if event.prefill else next_shift(event.schedule, event.drafted, event.accepted)
-        )
+        track.shift = next_shift(event.schedule, event.drafted, event.accepted)
+        if event.finish is not None:
+            del self.tracks[event.request_id]
 
     def survival(self) -> Floats:
         """Acceptance by depth that decisions rest on: the running requests', all requests' as their prior."""

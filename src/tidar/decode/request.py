@@ -25,7 +25,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: frozenset[int] = frozenset()
     make_stopper: Callable[[], Stopper] | None = None
     forced: tuple[int, ...] | None = None
@@ -63,7 +63,7 @@ class Sequence:
     request_id: int
     request: Request
     emitted: list[int] = field(default_factory=list)
-    draft: Draft = Draft(())
+    draft: Draft = field(default_factory=lambda: Draft(()))
     steps: int = 0
     decoded: int = 0
     finish: FinishReason | None = None

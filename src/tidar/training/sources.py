@@ -1,8 +1,8 @@
 """Where training text comes from: files, folders, globs and hub datasets, as a stream of documents.
 
-A document is a string (a row's text, after its `prompt` where it has one), or a list of token ids (rows
-with an `ids` field, such as text that a model sampled itself). Nothing here holds more than one file's text at a time, and every problem with a
-file names the file, and the line where there is one.
+A document is a string (a row's text, after its `prompt` where it has one), or a list of token ids
+(rows with an `ids` field, such as text that a model sampled itself). Nothing here holds more than one
+file's text at a time, and every problem with a file names the file, and the line where there is one.
 """
 
 import glob
