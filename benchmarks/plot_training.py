@@ -1,6 +1,6 @@
 """Draws docs/images/training_curves.png from benchmarks/records/train_*.jsonl: records only, nothing is run.
 
-    python benchmarks/plot_training.py
+python benchmarks/plot_training.py
 """
 
 import json

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from tidar.decode.engine import Engine, FixedPlan, Plan
+from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.errors import TidarError
@@ -180,7 +180,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> tuple[Request, _TextOf]:
-        """The engine's form of a request and the text that follows its tokens."""
+        """The engine's form of a request and the text that follows its tokens; TidarError if it cannot run."""
         ids = self.encode(prompt)
         text = _TextOf(self.tokenizer, ids, stop)
         params = SamplingParams(
@@ -194,6 +194,7 @@ class LanguageModel:
             eos_ids=eos_ids,
             make_stopper=lambda: text.push,
         )
+        check_request(request, self.network.config)
         return request, text
 
     def stream(
@@ -219,7 +220,6 @@ class LanguageModel:
         draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single"
         or numbers such as "1,2,4". sampling: see `tidar.sampling`. Raises TidarError for bad values.
         """
-        plan = self.plan(method, draft_len, span_set)
         request, text = self.request(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -231,9 +231,11 @@ class LanguageModel:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        engine = Engine(self.network, self.method(beta), plan, max_batch=1)
-        for event in engine.run([request]):
-            yield _stream_event(event, text)
+        how = self.method(beta)
+        engine = Engine(self.network, how, self.plan(method, draft_len, span_set), max_batch=1)
+        engine.submit(request)
+        # From here on a generator: mistakes in the arguments are told by the call itself.
+        return (_stream_event(event, text) for event in engine.run())
 
     def generate(self, prompt: Prompt, **options: object) -> Output:
         """Decodes one prompt to its end; the options are those of `stream`."""
@@ -251,8 +253,8 @@ class LanguageModel:
         **options: object,
     ) -> list[Output]:
         """Decodes several prompts, up to `max_batch` at a time; the tokens are those of `generate`."""
-        plan = self.plan(method, draft_len, span_set, batch=min(max_batch, max(len(prompts), 1)))
         made = [self.request(prompt, **options) for prompt in prompts]  # type: ignore[arg-type]
+        plan = self.plan(method, draft_len, span_set, batch=min(max_batch, max(len(prompts), 1)))
         engine = Engine(self.network, self.method(beta), plan, max_batch=max_batch)
         events: list[list[StreamEvent]] = [[] for _ in prompts]
         for event in engine.run(request for request, _ in made):
@@ -308,8 +310,13 @@ def pick_device(device: str) -> torch.device:
         raise TidarError(
             f"device {device!r} is not known: use auto, cpu, cuda or cuda:N."
         ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise TidarError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU here.")
+    if chosen.type not in ("cpu", "cuda"):
+        raise TidarError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:N.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise TidarError(
+            f"device {device!r} was asked for, but PyTorch sees {seen} CUDA GPU here; use cpu or auto."
+        )
     return chosen
 
 

@@ -192,7 +192,7 @@ def find_folder(source: str) -> Path:
         raise TidarError(f"{source} is a file; give the folder that holds config.json")
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
-            raise TidarError(f"no such folder: {source}")
+            raise TidarError(f"no such folder: {source}; give a checkpoint folder, or a hub id")
         folder = _download(source)
     if not (folder / "config.json").is_file():
         raise TidarError(f"{source} is no Hugging Face checkpoint: it has no config.json")
@@ -210,7 +210,7 @@ def _download(hub_id: str) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise TidarError(
             f"{hub_id!r} is no local folder, and could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason}). Check the path, or the id and the connection."
         ) from error
 
 

@@ -23,6 +23,9 @@ from tidar.errors import TidarError
 Draw = Callable[[Tensor], int]
 """Draws an index from a probability vector; tests pass one that walks every branch."""
 
+MIN_TEMPERATURE = 1e-5
+"""Logits divided by less would overflow float32, and several of them become one infinity."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -41,9 +44,10 @@ class SamplingParams:
     draft: Literal["sample", "argmax"] = "sample"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
+        if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature <= 100.0:
             raise TidarError(
-                f"temperature is {self.temperature}; it must be from 0 (greedy) to 100."
+                f"temperature is {self.temperature}; it must be 0 (greedy), or from "
+                f"{MIN_TEMPERATURE} to 100."
             )
         if not 0.0 < self.top_p <= 1.0:
             raise TidarError(

@@ -214,7 +214,7 @@ def check_prompt(ids: Sequence[int], *, vocab_size: int, mask_token_id: int | No
         TidarError: no tokens, an id outside the model's vocabulary, or the mask token.
     """
     if len(ids) == 0:
-        raise TidarError("the prompt is empty; give at least one token")
+        raise TidarError("the prompt is empty; give some text, at least one token")
     for index, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise TidarError(
@@ -223,5 +223,5 @@ def check_prompt(ids: Sequence[int], *, vocab_size: int, mask_token_id: int | No
         if token == mask_token_id:
             raise TidarError(
                 f"prompt token {index} is the mask token ({token}), which stands for a token to be "
-                "drafted and has no meaning in a prompt"
+                "drafted and has no meaning in a prompt; take it out"
             )

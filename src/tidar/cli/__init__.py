@@ -35,6 +35,15 @@ def _explained(command: Callable[P, R]) -> Callable[P, R]:
             typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise
+        except (
+            OSError
+        ) as error:  # a full disk, a folder that may not be written, a file that vanished
+            typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+            where = f": {error.filename}" if error.filename else ""
+            typer.echo(f"{error.strerror or error}{where}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)
             raise typer.Exit(130) from None

@@ -29,8 +29,8 @@ PROMPTS = (
 )
 ROWS = (
     ("AR", "ar", None, "plan"),
-    ("TiDAR, planned for this machine", "tidar", None, "plan"),
-    ("TiDAR, K = 16, all spans", "tidar", 16, "dense"),
+    ("TiDAR, planned", "tidar", None, "plan"),
+    ("TiDAR, K=16 dense", "tidar", 16, "dense"),
 )
 
 

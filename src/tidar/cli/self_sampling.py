@@ -7,8 +7,9 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from tidar.api import pick_device, pick_dtype
-from tidar.decode.sample import sample_batch
+from tidar.decode.sample import sample_streams
 from tidar.errors import TidarError
+from tidar.mask_token import prepare_mask_token
 from tidar.tokens import Tokenizer
 from tidar.weights import load_checkpoint
 
@@ -47,9 +48,11 @@ class BaseSampler:
                 f"{base} has neither a start token nor an end-of-text token, so there is nothing to "
                 "begin a text with; give --data instead of --self-data."
             )
-        self.model, self.eos_ids = loaded.model, tokens.eos_ids
+        # The row that becomes the mask token must not be drawn: training refuses texts that hold it.
+        prepare_mask_token(loaded.model, loaded.raw_config, tokens)
+        self.model = loaded.model
         wanted = int(self.values.get("seq_len") or 1024)
-        self.max_len = min(wanted, loaded.config.max_positions)
+        self.length = min(wanted, loaded.config.max_positions)
 
     def __call__(self, first: int, number: int) -> list[list[int]]:
         """Texts `first` to `first + number - 1`, as token ids."""
@@ -57,13 +60,6 @@ class BaseSampler:
             self._load()
         self.bar.update(first - self.bar.n)
         seed = int(self.values.get("seed", 42)) * 2_000_003 + self.stream * 1_000_003 + first
-        texts = sample_batch(
-            self.model,
-            self.start,
-            count=number,
-            eos_ids=self.eos_ids,
-            max_len=self.max_len,
-            seed=seed,
-        )
+        texts = sample_streams(self.model, self.start, count=number, length=self.length, seed=seed)
         self.bar.update(number)
         return texts

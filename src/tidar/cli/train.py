@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tidar.model import Transformer
     from tidar.training.config import TrainConfig
 
+SAMPLED = 256
+"""Texts that --self-data samples side by side, and writes to the disk together."""
+
 PROMPT_TOKENS = 32
 """Tokens of a held-out sequence that the interval measurement takes as its prompt."""
 
@@ -125,6 +128,13 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
     except TrainingInterrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(130) from None
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        typer.echo(
+            f"\nInterrupted; what {settings.out} holds is whole. Give the same command with --resume "
+            "to carry on from its last checkpoint, or from the start where it has none.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
     return {**asdict(result), "model": str(result.model)}
 
 
@@ -173,25 +183,37 @@ def _extra_options(arguments: list[str]) -> dict[str, str]:
 def _sample_self_data(values: dict[str, Any], texts: int) -> None:
     """Writes `OUT/self-data.jsonl`, sampled from the base, and makes it training data.
 
-    Texts that an interrupted run has sampled already are kept and the rest is added.
+    Texts that an interrupted run has sampled already are kept and the rest is added. All options are
+    checked before, since sampling may take long.
     """
     if not values.get("base") or not values.get("out"):
         raise TidarError(
             "--self-data samples text from a base model: give --base and --out as well."
         )
     from tidar.cli.self_sampling import BaseSampler
+    from tidar.training.checkpoints import start_point
+    from tidar.training.config import TrainConfig
     from tidar.training.self_data import sample_corpus
 
-    out = Path(values["out"])
-    corpora = {"self-data": (texts, 0), "self-data-held-out": (max(texts // 20, 64), 1)}
-    for name, (count, stream) in corpora.items():
-        with BaseSampler(values, stream, count, name) as sampler:
-            sample_corpus(sampler, count, out / f"{name}.jsonl", batch=256, append=True)
+    out = Path(values["out"]).expanduser()
     given = values.get("data") or []
     own = str(out / "self-data.jsonl")
     values["data"] = [*([given] if isinstance(given, str) else given), own]
     if not values.get("eval_data"):
         values["eval_data"] = [f"base_samples={out / 'self-data-held-out.jsonl'}"]
+    start_point(out, resume=TrainConfig.from_mapping(values).resume)
+    corpora = {"self-data": (texts, 0), "self-data-held-out": (max(texts // 20, 64), 1)}
+    try:
+        for name, (count, stream) in corpora.items():
+            with BaseSampler(values, stream, count, name) as sampler:
+                sample_corpus(sampler, count, out / f"{name}.jsonl", batch=SAMPLED, append=True)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nInterrupted while sampling; the texts in {out} are kept. Give the same command again "
+            "and sampling carries on.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
 
 
 def _measurement(

@@ -18,7 +18,7 @@ from tidar.decode.request import Request, Sequence, StepEvent
 from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.methods import Draft, Method, Pending, Step, Verdict
-from tidar.model import Transformer
+from tidar.model import ModelConfig, Transformer
 from tidar.tokens import check_prompt
 
 
@@ -47,6 +47,19 @@ class FixedPlan:
         pass
 
 
+def check_request(request: Request, config: ModelConfig) -> None:
+    """Raises TidarError for a request that this model cannot run."""
+    size, limit = len(request.prompt), config.max_positions
+    check_prompt(request.prompt, vocab_size=config.vocab_size, mask_token_id=config.mask_token_id)
+    if size >= limit:
+        raise TidarError(
+            f"The prompt has {size} tokens and the model {limit} positions: there is no room to "
+            "generate. Shorten the prompt."
+        )
+    if request.max_new_tokens < 1:
+        raise TidarError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+
+
 class Engine:
     """Mutable: runs requests to their end. Not for use by several threads at once.
 
@@ -70,18 +83,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id."""
-        config = self.model.config
-        size = len(request.prompt)
-        check_prompt(
-            request.prompt, vocab_size=config.vocab_size, mask_token_id=config.mask_token_id
-        )
-        if size >= self.limit:
-            raise TidarError(
-                f"The prompt has {size} tokens and the model {self.limit} positions: there is no room "
-                "to generate. Shorten the prompt."
-            )
-        if request.max_new_tokens < 1:
-            raise TidarError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+        check_request(request, self.model.config)
         sequence = Sequence(self._next_id, request)
         self._next_id += 1
         self.waiting.append(sequence)
@@ -118,17 +120,16 @@ class Engine:
         sequence.draft = Draft(tokens, certain=len(tokens))
         slot = len(self.running)
         self.running.append(sequence)
-        schedule = self.plan.choose([sequence.request_id])
-        return self._run(slot, [sequence], schedule)[0]
+        return self._run(slot, [sequence])[0]
 
     def _decode(self) -> list[StepEvent]:
-        schedule = self.plan.choose([sequence.request_id for sequence in self.running])
-        return self._run(0, list(self.running), schedule)
+        return self._run(0, list(self.running))
 
     @torch.inference_mode()
-    def _run(self, first: int, sequences: list[Sequence], schedule: Schedule) -> list[StepEvent]:
+    def _run(self, first: int, sequences: list[Sequence]) -> list[StepEvent]:
         """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence."""
-        began = time.perf_counter()
+        began = time.perf_counter()  # the plan's own time counts as the step's
+        schedule = self.plan.choose([sequence.request_id for sequence in sequences])
         pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
         step = self.method.step(pending, schedule)
         attend = self.cache.attend(first, len(sequences), step.visible)

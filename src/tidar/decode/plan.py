@@ -233,7 +233,9 @@ class MeasuredPlan:
                 self.tracks.setdefault(request_id, _Track(Acceptance(self.depth)))
             self.steps = self.ar_steps = self.probing = 0
             self.schedule = self._best()
-            if not self.schedule.drafts:  # a new text gets its chance, whatever the others were like
+            if (
+                not self.schedule.drafts
+            ):  # a new text gets its chance, whatever the others were like
                 self.schedule = self.probe
         elif self.schedule.drafts:
             self.steps += 1

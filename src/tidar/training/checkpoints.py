@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from safetensors import SafetensorError
+
 from tidar.errors import TidarError
 
 PARTIAL: Final = ".partial"
@@ -58,22 +60,34 @@ def publish(out: Path, name: str, keep: int | None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole: until the new text stands on the disk, the old file does."""
+    new = path.with_name(f".{path.name}.partial")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """A full disk while saving, as a TidarError that says what is still there."""
+    """A full disk while writing, as a TidarError that says what is still there."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         text = str(error)
         # torch.save reports a failed write as a RuntimeError without a number.
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
-        if not (full or isinstance(error, OSError) or "PytorchStreamWriter" in text):
+        if not full and isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text:
             raise
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         whole = whole_checkpoints(out)
         last = (
-            f"{whole[-1]} is whole; free some space and resume" if whole else "none was saved yet"
+            f"{whole[-1]} is whole: free some space and give --resume"
+            if whole
+            else "No checkpoint was saved yet: free some space and start again with --resume"
         )
         what = "no space left on the device" if full else text
-        raise TidarError(f"{out}: the checkpoint could not be written ({what}). {last}.") from error
+        raise TidarError(f"{out}: the run could not be written ({what}). {last}.") from error

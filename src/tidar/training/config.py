@@ -100,6 +100,11 @@ class TrainConfig:
         for name in self.arguments:
             _check_argument(name)
         self.objective_with(seed=0)
+        if self.objective == "tidar" and max(self.draft_lens) > self.seq_len:
+            raise TidarError(
+                f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
+                "a span must fit a sequence."
+            )
 
     def objective_with(self, seed: int) -> Objective:
         """The objective of this run. Raises TidarError for impossible values."""

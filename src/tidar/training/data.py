@@ -313,12 +313,16 @@ def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(batch: Sequence[Document], encoding: Encoding) -> list[list[int]]:
-    """Token ids of each document, in order, each ending with end-of-text."""
+    """Token ids of each document, in order; texts end with end-of-text, rows of ids are taken as they are."""
     texts = [document for document in batch if isinstance(document, str)]
     encoded = iter(encoding.tokenizer.encode_batch_fast(texts) if texts else [])
-    rows = [next(encoded).ids if isinstance(document, str) else document for document in batch]
-    end = encoding.end_id
-    return [row if row and row[-1] == end else [*row, end] for row in rows]
+    rows = []
+    for document in batch:
+        if isinstance(document, str):
+            ids = next(encoded).ids
+            document = ids if ids and ids[-1] == encoding.end_id else [*ids, encoding.end_id]
+        rows.append(document)
+    return rows
 
 
 def _check_ids(flat: NDArray[np.int64], encoding: Encoding, source: Source) -> None:

@@ -280,6 +280,18 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.times.interrupt()
 
 
+class EvaluateFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Measures before the first step as well, so that a log begins with what the run began with."""
+
+    def __init__(self, trainer: JointTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        measure = self.trainer.run_evaluation
+        if measure is not None and self.trainer.config.eval_every and state.global_step == 0:
+            self.trainer.log(measure(0))
+
+
 def _already_a_batch(batch: Any) -> dict[str, Tensor]:
     """`RunData` answers with whole batches."""
     return cast("dict[str, Tensor]", batch)

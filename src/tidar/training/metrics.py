@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from tidar.model import ModelConfig, flops_per_row
+from tidar.training.checkpoints import disk_errors, replace_text
 
 # Dense bfloat16, vendor's figure, TFLOP/s; the first name that is part of the device's name counts.
 _PEAKS: Final = (
@@ -87,7 +88,7 @@ class JsonLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        with self.path.open("a", encoding="utf-8") as out:
+        with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(clean) + "\n")
 
     def truncate_after(self, step: int) -> None:
@@ -101,4 +102,4 @@ class JsonLog:
                     kept.append(line + "\n")
             except ValueError:  # the half line of a killed run
                 continue
-        self.path.write_text("".join(kept), encoding="utf-8")
+        replace_text(self.path, "".join(kept))

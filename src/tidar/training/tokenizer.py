@@ -72,7 +72,11 @@ def train_tokenizer(
         ),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    try:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        raise TidarError(f"{folder}/tokenizer.json: cannot be written ({error}).") from error
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     return folder

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,16 @@ from tidar.hf_config import Json, TidarMeta, config_from_hf, config_to_hf
 from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
-from tidar.training.checkpoints import disk_errors, start_point
+from tidar.training.checkpoints import disk_errors, replace_text, start_point
 from tidar.training.config import TrainConfig, argument_types
 from tidar.training.data import Batch, Encoding, RunData, TokenData, prepare
-from tidar.training.loop import Interrupts, JointTrainer, ShowProgress, StopWhenAsked
+from tidar.training.loop import (
+    EvaluateFirst,
+    Interrupts,
+    JointTrainer,
+    ShowProgress,
+    StopWhenAsked,
+)
 from tidar.training.objective import TrainingModel
 from tidar.training.sources import Source
 from tidar.weights import init_model, load_checkpoint, save_checkpoint
@@ -94,6 +101,7 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     stop = StopWhenAsked(interrupts)
     trainer.add_callback(stop)
     trainer.add_callback(ShowProgress())
+    trainer.add_callback(EvaluateFirst(trainer))
     if arguments.process_index == 0:
         _begin(out, config, trainer, checkpoint)
     with interrupts.watched(), model_errors():
@@ -133,7 +141,9 @@ def make_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         values["lr_scheduler_type"] = "cosine_with_min_lr"
         values["lr_scheduler_kwargs"] = {"min_lr_rate": config.min_lr_ratio}
     kinds = argument_types()
-    values.update({name: _parsed(value, kinds[name]) for name, value in config.arguments.items()})
+    values.update(
+        {name: _parsed(name, value, kinds[name]) for name, value in config.arguments.items()}
+    )
     try:
         arguments = TrainingArguments(
             output_dir=str(out),
@@ -149,15 +159,22 @@ def make_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     return arguments
 
 
-def _parsed(value: Any, kind: Any) -> Any:
+def _parsed(name: str, value: Any, kind: Any) -> Any:
     """A text from a command line as the number, flag or object that the option takes."""
     if not isinstance(value, str) or "str" in str(kind):
         return value
     text = {"true": "true", "false": "false", "none": "null"}.get(value.lower(), value)
     try:
-        return json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
-        return value
+        parsed = value
+    taken = re.findall(r"\b(?:bool|int|float|dict|list)\b", str(kind))
+    if isinstance(parsed, float) and parsed.is_integer() and "float" not in taken:
+        parsed = int(parsed)  # 1e4 steps
+    plain = isinstance(parsed, str) or (isinstance(parsed, float) and "float" not in taken)
+    if plain and taken:
+        raise TidarError(f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(taken))}.")
+    return parsed
 
 
 def _agreed(checkpoint: Path | None, arguments: TrainingArguments) -> Path | None:
@@ -324,7 +341,7 @@ def _begin(out: Path, config: TrainConfig, trainer: JointTrainer, checkpoint: Pa
             changed = [k for k in now if k not in ignored and now[k] != before.get(k)]
             if changed:
                 print(f"Resuming with other values of: {', '.join(changed)}.", file=sys.stderr)
-        record.write_text(json.dumps(now, indent=1) + "\n")
+        replace_text(record, json.dumps(now, indent=1) + "\n")
         step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         trainer.json_log.truncate_after(step)
     if config.resume:
