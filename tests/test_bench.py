@@ -218,10 +218,11 @@ def test_speeds_by_hand() -> None:
 
 
 def test_acceptance_line() -> None:
-    assert acceptance_line(0.94, 0.02)["met"] is True
-    assert acceptance_line(0.92, 0.02)["met"] is False
-    assert acceptance_line(0.92, None)["met"] is None
-    assert acceptance_line(0.92, 0.5)["met"] is None  # so noisy that it would excuse anything
+    assert acceptance_line([1.2, 0.94], [0.0, 0.02])["met"] is True
+    assert acceptance_line([1.2, 0.92], [0.0, 0.02])["met"] is False
+    assert acceptance_line([1.2, 0.92], [0.09, 0.02])["met"] is False  # only its own spread counts
+    assert acceptance_line([0.92], None)["met"] is None
+    assert acceptance_line([0.92], [0.5])["met"] is None  # so noisy that it would excuse anything
 
 
 def test_prompt_files(tmp_path: Path) -> None:

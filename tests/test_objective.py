@@ -10,6 +10,7 @@ from tidar.attention import dense_attend
 from tidar.errors import TidarError
 from tidar.layout import clean_rows, dense, mask_mod, training_rows
 from tidar.model import ModelConfig
+from tidar.training import objective as objective_module
 from tidar.training.flex import flex_mask
 from tidar.training.objective import (
     Objective,
@@ -144,6 +145,20 @@ def test_random_masking_has_the_right_rows_and_an_unbiased_weight() -> None:
     assert masked.float().mean().item() == pytest.approx(0.5, abs=0.01)
     capped = weights.clamp(max=20)  # 1 / t itself has no finite variance
     assert capped.mean().item() == pytest.approx(1.0 - 0.5 / 20, abs=0.03)
+
+
+def test_no_row_of_random_masking_weighs_above_1000(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest share that can be drawn is 2^-24."""
+    draws = iter((torch.tensor(1.0 - 2.0**-24), torch.linspace(0.0, 0.002, 8)))
+    monkeypatch.setattr(objective_module, "uniform", lambda *_: next(draws))
+    inputs = batch([[0] * 8])
+    ids, weights = mask_half(
+        Objective(masking="random"), inputs["input_ids"], torch.zeros(1, 8), inputs, 23
+    )
+    assert weights is not None
+    # Rows are drawn by the bounded share too: those below 0.001, four of the eight.
+    assert (ids[0] == 23).tolist() == [True] * 4 + [False] * 4
+    assert weights.flatten().tolist() == pytest.approx([1000.0] * 4 + [0.0] * 4)
 
 
 def test_full_masking_hides_every_token() -> None:

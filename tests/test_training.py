@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from tidar.errors import TidarError
+from tidar.hf_config import config_from_hf
+from tidar.training import trainer
 from tidar.training.config import TrainConfig
 from tidar.training.data import Encoding, TokenData, prepare
-from tidar.training.self_data import sample_corpus
 from tidar.training.sources import Source, documents
 from tidar.training.tokenizer import train_tokenizer
+from tidar.weights import init_model
 
 WORDS = ("alpha", "beta", "gamma", "delta", "one", "two", "three", "four")
 RUN = """
@@ -205,16 +208,102 @@ def test_evaluation_changes_no_weight(home: Path, tmp_path: Path) -> None:
     train(TrainConfig.from_mapping({**config, "eval_sequences": 5}), on_interval=on_interval)
     run(home, tmp_path / "without")
     assert_same(tmp_path / "with", tmp_path / "without")
-    assert calls == [3, 6, 8]
+    assert calls == [0, 3, 6, 8]
     rows = [row for row in log(tmp_path / "with") if "tokens_per_forward" in row]
     assert [row["step"] for row in rows] == calls
     assert all(0 < row["eval/held/mask_loss"] < 10 for row in rows)
 
 
+def test_the_measurement_before_the_first_step_is_taken_once(home: Path, tmp_path: Path) -> None:
+    from tidar.training.trainer import train
+
+    calls: list[int] = []
+
+    def measured(**changes: Any) -> None:
+        config = TrainConfig.from_mapping(
+            settings(home, tmp_path / "run", eval_every=2, max_steps=4, save_steps=2, **changes)
+        )
+        train(config, on_interval=lambda _, step: calls.append(step) or {"measured": step})
+
+    measured()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    measured(resume=True)
+    assert calls == [0, 2, 4, 4]
+    # Stopped before its first checkpoint: it begins again, and so does its log.
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    measured(resume=True)
+    assert calls == [0, 2, 4, 4, 0, 2, 4]
+    rows = [row["step"] for row in log(tmp_path / "run") if "measured" in row]
+    assert rows == [0, 2, 4]
+
+
+def test_interval_decoding_measures_each_draft_length(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tidar.cli import interval
+
+    requests = []
+
+    class Watched(interval.Engine):
+        def run(self, given: Any = ()) -> Any:
+            requests.extend(given)
+            return super().run(given)
+
+    monkeypatch.setattr(interval, "Engine", Watched)
+    values = settings(home, tmp_path, eval_data={"held": str(home / "data.jsonl")})
+    net = init_model(config_from_hf(ARCH, mask_token_id=319), 0).eval()
+    logs = interval.IntervalDecoding(TrainConfig.from_mapping(values), 3, 8)(net, 0)
+    assert list(logs) == [
+        f"decode/held/t{temperature}/k{draft_len}/{name}"
+        for temperature in (0, 1)
+        for draft_len in (2, 4)
+        for name in ("tokens_per_forward", "distinct_4")
+    ]
+    # At most one token per draft, and the model's own.
+    assert all(1 <= logs[f"decode/held/t0/k{k}/tokens_per_forward"] <= k + 1 for k in (2, 4))
+    assert [(r.params.temperature, r.params.seed) for r in requests] == [
+        (temperature, seed) for temperature in (0, 0, 1, 1) for seed in range(3)
+    ]
+
+
+def test_data_seed_zero_is_a_seed(home: Path, tmp_path: Path) -> None:
+    """With seed 3, data_seed 0 is the order of seed 0, in the token file and in the run."""
+    first = {}
+    for name, changes in (
+        ("zero", {"seed": 3, "data_seed": 0}), ("same", {"seed": 0}), ("three", {"seed": 3})
+    ):  # fmt: skip
+        config = TrainConfig.from_mapping(settings(home, tmp_path / name, **changes))
+        arguments = trainer.make_arguments(config, tmp_path / name)
+        start = trainer._make_start(config, 3)
+        data, _ = trainer._make_data(config, start, arguments)
+        first[name] = trainer._make_run(data, arguments).__getitems__(range(4))["input_ids"]
+    assert torch.equal(first["zero"], first["same"])
+    assert not torch.equal(first["zero"], first["three"])
+
+
+def test_one_process_uses_one_gpu(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class FourGpus(trainer.TrainingArguments):  # type: ignore[misc, unused-ignore]
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            assert self.device.type == "cpu"
+            self._n_gpu = 4
+
+    config = TrainConfig.from_mapping(settings(home, tmp_path))
+    trainer.make_arguments(config, tmp_path)
+    assert "torchrun" not in capsys.readouterr().err
+    monkeypatch.setattr(trainer, "TrainingArguments", FourGpus)
+    arguments = trainer.make_arguments(config, tmp_path)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 4
+    assert "torchrun --nproc-per-node 4" in capsys.readouterr().err
+
+
 def test_non_finite_gradient_stops_before_the_step(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tidar.training import trainer
     from tidar.training.objective import TrainingModel
 
     forward, kept, count = TrainingModel.forward, [], 0
@@ -264,6 +353,11 @@ def test_unknown_options_name_the_nearest(home: Path, tmp_path: Path) -> None:
             TrainConfig.from_mapping({**good, key: 1})
     with pytest.raises(TidarError, match="eval_every"):
         TrainConfig.from_mapping({**good, "eval_steps": 5})
+    with pytest.raises(TidarError, match=r"save_only_model.*resumed"):
+        TrainConfig.from_mapping({**good, "save_only_model": True})
+    with pytest.raises(TidarError, match=r"optim \(adafactor\).*muon"):
+        TrainConfig.from_mapping({**good, "optim": "adafactor", "optimizer": "muon"})
+    assert TrainConfig.from_mapping({**good, "optim": "adafactor"}).optimizer == "adamw"
     with pytest.raises(TidarError, match="objective"):
         TrainConfig.from_mapping({**good, "objective": "both"})
     with pytest.raises(TidarError, match="nothing to train"):
@@ -331,7 +425,7 @@ def test_packing_keeps_every_token_and_marks_documents(encoding: Encoding, tmp_p
 
 def test_weights_formats_and_ids(encoding: Encoding, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as out:
-        out.write(json.dumps({"ids": [5, 6, 7]}) + "\n")
+        out.write(json.dumps({"ids": [5, 6, 7, 0]}) + "\n")
     (tmp_path / "b.txt").write_text("alpha")
     rows = [{"body": f"two {n}"} for n in range(200)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -353,6 +447,59 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(documents(Source(str(tmp_path)), "text")) == ["alpha", "beta"]
     with pytest.raises(TidarError, match="'text'"):
         list(documents(Source(str(tmp_path / "a.parquet")), "body"))
+
+
+def test_parquet_rows_are_read_as_json_rows_are(tmp_path: Path) -> None:
+    """A prompt comes first, ids win, and a null is a field that the row lacks."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+
+    def read(text_field: str = "text", **columns: Any) -> list[Any]:
+        parquet.write_table(pyarrow.table(columns), path)
+        return list(documents(Source(str(path)), text_field))
+
+    assert read(text=["b", "c", ""], prompt=["a ", None, "d"], n=[1, 2, 3]) == ["a b", "c", "d"]
+    assert read("prompt", text=["b"], prompt=["a"]) == ["a"]
+    assert read(ids=[[1, 2], [3]]) == [[1, 2], [3]]
+    assert read(ids=[[1, 2], None], text=[None, "b"], prompt=["a", "a"]) == [[1, 2], "ab"]
+    for message, columns in (
+        (r"rows\.parquet, row 2: .*'text' must be text, got NoneType", {"text": ["a", None]}),
+        (r"row 1: .*must be text, got list", {"text": ["a"], "prompt": [["b"]]}),
+        (r"row 2: `ids` must be a list of token ids", {"ids": [[1], None]}),
+        (r"row 1: `ids` must be a list of token ids", {"ids": [[1.5]]}),
+        (r"row 1: `ids` must be a list of token ids", {"ids": [[1, -1]]}),
+        (r"no column 'text'; the table has 'prompt'", {"prompt": ["a"]}),
+    ):
+        with pytest.raises(TidarError, match=message):
+            read(**columns)
+
+
+def test_prompt_comes_before_the_text(encoding: Encoding, tmp_path: Path) -> None:
+    """Rows of question and answer: the prompt as it is, then the text, with nothing in between."""
+    rows = [
+        {"text": "beta", "prompt": "alpha "},
+        {"prompt": "Why?", "text": "one\n"},
+        {"text": "two", "prompt": ""},
+        {"prompt": "three", "text": " "},
+        {"ids": [5, 6], "prompt": "four"},
+        {"prompt": "", "text": " "},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = ["alpha beta", "Why?one\n", "two", "three ", [5, 6]]
+    assert list(documents(Source(str(path)), "text")) == expected
+    # Where the prompt itself is the text field it is taken once.
+    path.write_text('{"prompt": "alpha", "text": "beta"}\n')
+    assert list(documents(Source(str(path)), "prompt")) == ["alpha"]
+    path.write_text('{"text": "a"}\n{"prompt": ["alpha"], "text": "beta"}\n')
+    with pytest.raises(
+        TidarError, match=r"rows\.jsonl, line 2: .*'prompt'.*must be text, got list"
+    ):
+        list(documents(Source(str(path)), "text"))
+    path.write_text('{"prompt": "alpha", "texts": "beta"}\n')
+    with pytest.raises(TidarError, match=r"rows\.jsonl, line 1: no field 'text'"):
+        list(documents(Source(str(path)), "text"))
 
 
 def test_bad_data_is_named(encoding: Encoding, tmp_path: Path) -> None:
@@ -393,15 +540,3 @@ def test_full_disk_while_tokenising_leaves_nothing(
     with pytest.raises(TidarError, match="no space left"):
         prepared(encoding, tmp_path / "cache", Source(str(home / "data.jsonl")))
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_sampled_corpus_carries_on(tmp_path: Path) -> None:
-    path = tmp_path / "own.jsonl"
-    sampler = lambda first, number: [[first + i, 1] for i in range(number)]  # noqa: E731
-    assert sample_corpus(sampler, 3, path, batch=2) == 3
-    with path.open("a") as out:
-        out.write('{"ids": [9')
-    assert sample_corpus(sampler, 5, path, batch=2, append=True) == 5
-    assert list(documents(Source(str(path)), "text")) == [[n, 1] for n in range(5)]
-    with pytest.raises(TidarError, match="exists"):
-        sample_corpus(sampler, 5, path)

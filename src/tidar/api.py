@@ -68,11 +68,9 @@ class _TextOf:
         self._stream = tokenizer.stream(prompt)
         self._stops = StopMatcher(stop)
         self._ready = ""
-        self._taken = 0
 
     def push(self, token: int) -> bool:
         """Takes a token; True when it completes a stop string."""
-        self._taken += 1
         text, stopped = self._stops.push(self._stream.push(token))
         self._ready += text
         return stopped
@@ -113,8 +111,13 @@ class LanguageModel:
         span_set: str = "plan",
         *,
         batch: int = 1,
+        repeatable: bool = False,
     ) -> Plan:
-        """The plan that `generate` would use for these arguments. Raises TidarError for impossible ones."""
+        """The plan that `generate` would use for these arguments, for one engine.
+
+        repeatable: the text must not depend on timings, as it would with rejection sampling or beta below
+        1 under a measured plan; "plan" then means all spans. Raises TidarError for impossible arguments.
+        """
         if method not in (None, "tidar", "ar"):
             raise TidarError(f"method is {method!r}; it must be 'tidar' or 'ar'.")
         if method is None:
@@ -127,8 +130,8 @@ class LanguageModel:
                 "to draft and decodes as AR only (method 'ar'). Convert it with 'tidar train --base'."
             )
         draft_len = self._check_draft_len(draft_len)
-        if span_set != "plan":
-            return FixedPlan(Schedule.parse(draft_len, span_set))
+        if span_set != "plan" or repeatable:
+            return FixedPlan(Schedule.parse(draft_len, "dense" if span_set == "plan" else span_set))
         key = (draft_len, batch)
         if key not in self._plans:
             trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]
@@ -138,7 +141,7 @@ class LanguageModel:
             self._plans[key] = MeasuredPlan.measure(
                 self.network, self.method(), batch=batch, draft_lens=lens
             )
-        return self._plans[key]
+        return self._plans[key].fresh()
 
     def method(self, beta: float = 1.0) -> Tidar:
         """The decoding method; beta below 1 is lossy. Raises TidarError outside 0..1."""
@@ -232,7 +235,10 @@ class LanguageModel:
             ignore_eos=ignore_eos,
         )
         how = self.method(beta)
-        engine = Engine(self.network, how, self.plan(method, draft_len, span_set), max_batch=1)
+        plan = self.plan(
+            method, draft_len, span_set, repeatable=request.params.rejects or beta != 1.0
+        )
+        engine = Engine(self.network, how, plan, max_batch=1)
         engine.submit(request)
         # From here on a generator: mistakes in the arguments are told by the call itself.
         return (_stream_event(event, text) for event in engine.run())
@@ -254,7 +260,13 @@ class LanguageModel:
     ) -> list[Output]:
         """Decodes several prompts, up to `max_batch` at a time; the tokens are those of `generate`."""
         made = [self.request(prompt, **options) for prompt in prompts]  # type: ignore[arg-type]
-        plan = self.plan(method, draft_len, span_set, batch=min(max_batch, max(len(prompts), 1)))
+        plan = self.plan(
+            method,
+            draft_len,
+            span_set,
+            batch=min(max_batch, max(len(prompts), 1)),
+            repeatable=beta != 1.0 or any(request.params.rejects for request, _ in made),
+        )
         engine = Engine(self.network, self.method(beta), plan, max_batch=max_batch)
         events: list[list[StreamEvent]] = [[] for _ in prompts]
         for event in engine.run(request for request, _ in made):

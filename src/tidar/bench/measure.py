@@ -13,6 +13,7 @@ import torch
 
 from tidar.bench.prompts import Prompt
 from tidar.decode.engine import Engine
+from tidar.decode.plan import MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.decode.spec import MethodSpec
 from tidar.errors import TidarError
@@ -184,7 +185,7 @@ def run_bench(
     eos_ids: frozenset[int],
     on_pass: Callable[[str], None] = lambda label: None,
 ) -> Passes:
-    """All passes. Methods take turns within each run, so that a disturbance hits all alike."""
+    """All passes. Methods take turns on each prompt, so that a disturbance hits all alike."""
     requests = [make_request(p, i, settings, eos_ids) for i, p in enumerate(prompts)]
     batch = min(settings.batch, len(prompts))
     units = [requests] if settings.batch > 1 else [[request] for request in requests]
@@ -196,8 +197,12 @@ def run_bench(
         on_pass(f"warming up {name}")
         run_pass(engine, [_short(request) for request in units[0]])
     passes: Passes = {name: [[] for _ in range(settings.runs)] for name in engines}
-    for unit in units:
-        for run in range(settings.runs):
+    for run in range(settings.runs):
+        for engine in engines.values():
+            if isinstance(engine.plan, MeasuredPlan):
+                # A run must not profit from what the one before learned of the same prompts.
+                engine.plan = engine.plan.fresh(experienced=False)
+        for unit in units:
             for name, engine in engines.items():
                 passes[name][run].append(run_pass(engine, unit))
                 on_pass(name)

@@ -1,6 +1,6 @@
 """What `tidar train` measures at intervals: tokens per forward, by the decoder that users will run."""
 
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING
 
 from tidar.bench.repetition import mean_distinct
@@ -29,14 +29,17 @@ class IntervalDecoding:
         self._prompts: dict[str, list[tuple[int, ...]]] = {}
 
     def __call__(self, net: "Transformer", step: int) -> dict[str, float]:
-        """Tokens per forward at K = the longest trained, all spans, and the distinct-4-gram ratio."""
+        """Tokens per forward with all spans and the distinct-4-gram ratio, for each K that is trained.
+
+        The names are `decode/SET/t0/k8/tokens_per_forward`: held-out set, temperature, K.
+        """
         if not self._prompts:
             self._prompts = {name: self._read(net, name) for name, _ in self.config.eval_data}
         logs = {}
         for name, prompts in self._prompts.items():
-            for temperature in TEMPERATURES:
-                ratio, distinct = self._decode(net, prompts, temperature)
-                label = f"decode/{name}/t{temperature:g}"
+            for temperature, draft_len in product(TEMPERATURES, self.config.draft_lens):
+                ratio, distinct = self._decode(net, prompts, temperature, draft_len)
+                label = f"decode/{name}/t{temperature:g}/k{draft_len}"
                 logs[f"{label}/tokens_per_forward"] = ratio
                 logs[f"{label}/distinct_4"] = distinct
         return logs
@@ -64,17 +67,27 @@ class IntervalDecoding:
         return find_folder(self.config.base)
 
     def _decode(
-        self, net: "Transformer", prompts: list[tuple[int, ...]], temperature: float
+        self,
+        net: "Transformer",
+        prompts: list[tuple[int, ...]],
+        temperature: float,
+        draft_len: int,
     ) -> tuple[float, float]:
         mask = net.config.mask_token_id
         assert mask is not None
         room = min(96, net.config.max_positions - self.prompt_tokens)
-        plan = FixedPlan(dense_schedule(max(self.config.draft_lens)))
+        plan = FixedPlan(dense_schedule(draft_len))
         engine = Engine(net, Tidar(mask), plan, max_batch=max(1, len(prompts)))
-        params = SamplingParams(temperature=temperature)
         texts: list[list[int]] = [[] for _ in prompts]
         decoded = steps = 0
-        requests = [Request(prompt=p, max_new_tokens=room, params=params) for p in prompts]
+        requests = [
+            Request(
+                prompt=prompt,
+                max_new_tokens=room,
+                params=SamplingParams(temperature=temperature, seed=seed),
+            )
+            for seed, prompt in enumerate(prompts)
+        ]
         for event in engine.run(requests):
             texts[event.request_id] += event.ids
             if not event.prefill:

@@ -1,6 +1,7 @@
 """`tidar train`: convert a checkpoint to TiDAR, or train one from scratch."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -186,6 +187,13 @@ def _sample_self_data(values: dict[str, Any], texts: int) -> None:
     Texts that an interrupted run has sampled already are kept and the rest is added. All options are
     checked before, since sampling may take long.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise TidarError(
+            f"--self-data samples in one process and this is one of {processes}. Sample first with "
+            f"one: tidar train --self-data {texts} --max-steps 1 --out DIR ... Then give all of them "
+            "--data DIR/self-data.jsonl instead of --self-data."
+        )
     if not values.get("base") or not values.get("out"):
         raise TidarError(
             "--self-data samples text from a base model: give --base and --out as well."
@@ -193,7 +201,7 @@ def _sample_self_data(values: dict[str, Any], texts: int) -> None:
     from tidar.cli.self_sampling import BaseSampler
     from tidar.training.checkpoints import start_point
     from tidar.training.config import TrainConfig
-    from tidar.training.self_data import sample_corpus
+    from tidar.training.self_data import claim_corpus, sample_corpus
 
     out = Path(values["out"]).expanduser()
     given = values.get("data") or []
@@ -201,12 +209,15 @@ def _sample_self_data(values: dict[str, Any], texts: int) -> None:
     values["data"] = [*([given] if isinstance(given, str) else given), own]
     if not values.get("eval_data"):
         values["eval_data"] = [f"base_samples={out / 'self-data-held-out.jsonl'}"]
-    start_point(out, resume=TrainConfig.from_mapping(values).resume)
+    config = TrainConfig.from_mapping(values)
+    start_point(out, resume=config.resume)
     corpora = {"self-data": (texts, 0), "self-data-held-out": (max(texts // 20, 64), 1)}
     try:
         for name, (count, stream) in corpora.items():
-            with BaseSampler(values, stream, count, name) as sampler:
-                sample_corpus(sampler, count, out / f"{name}.jsonl", batch=SAMPLED, append=True)
+            path = out / f"{name}.jsonl"
+            with BaseSampler(config, stream, count, name) as sampler:
+                claim_corpus(path, sampler.origin())
+                sample_corpus(sampler, count, path, batch=SAMPLED, append=True)
     except KeyboardInterrupt:
         typer.echo(
             f"\nInterrupted while sampling; the texts in {out} are kept. Give the same command again "

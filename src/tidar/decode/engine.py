@@ -26,7 +26,7 @@ class Plan(Protocol):
     """Picks the schedule of each step; see `tidar.decode.plan` for the measured one."""
 
     def choose(self, request_ids: SequenceOf[int]) -> Schedule:
-        """The schedule of the next step over these requests."""
+        """The schedule of the next pass while these requests run; one that has just joined is prefilled."""
         ...
 
     def observe(self, event: StepEvent) -> None:
@@ -129,7 +129,7 @@ class Engine:
     def _run(self, first: int, sequences: list[Sequence]) -> list[StepEvent]:
         """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence."""
         began = time.perf_counter()  # the plan's own time counts as the step's
-        schedule = self.plan.choose([sequence.request_id for sequence in sequences])
+        schedule = self.plan.choose([sequence.request_id for sequence in self.running])
         pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
         step = self.method.step(pending, schedule)
         attend = self.cache.attend(first, len(sequences), step.visible)

@@ -4,8 +4,8 @@ Two facts decide. What rows cost on this machine: a profile of real steps, taken
 likely a draft token is to be accepted, by its depth, the number of positions between its span's anchor and
 itself (`Acceptance`). From both, the long-run tokens per second of a schedule follow exactly, by the step
 rule of the design (a Markov chain over how far the current draft is shifted); the best schedule is used,
-plain AR among them. While AR is used, a probe now and then (two steps in a hundred at most) lets
-drafting come back.
+plain AR among them. While AR is used, a try now and then (2% of all steps at most) lets drafting come
+back.
 
 The plan sees accept counts and never a token that is still to be verified, so sampling stays exact.
 """
@@ -29,8 +29,14 @@ from tidar.sampling import SamplingParams, seeded_draw
 
 Floats = NDArray[np.float64]
 
-PROBE_PERIOD = 100
-"""AR steps from one probe to the next; a probe drafts once and verifies once: 2% of steps."""
+TRY_STEPS = 2
+"""Steps of a try while AR is in use: one drafts, the next verifies."""
+
+TRY_PERIOD = 100
+"""AR steps from one try to the next."""
+
+MAX_TRIES = 0.02
+"""Share of all steps that tries may take."""
 
 
 def candidate_schedules(draft_lens: Sequence[int]) -> tuple[Schedule, ...]:
@@ -110,7 +116,7 @@ class Chain:
             counts[shift, length - 1] = reached[-1]
         moves = np.einsum("sn,snt->st", counts, self.targets)
         state = np.full(size, 1.0 / size)
-        for _ in range(6):  # squaring six times is 64 steps of the chain: settled for K up to 32
+        for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled
             moves = moves @ moves
         state = state @ moves
         tokens = counts @ np.arange(1, size + 1)
@@ -131,7 +137,7 @@ class Acceptance:
     """Mutable: how often draft tokens of each depth were accepted, recent steps weighing more."""
 
     depth: int
-    memory: float = 0.95
+    memory: float = 0.92
     accepted: Floats = field(init=False)
     tried: Floats = field(init=False)
 
@@ -143,8 +149,9 @@ class Acceptance:
         """Takes in one step: the tokens of rows shift + 1 .. shift + drafted - 1 were up for verification."""
         end = min(shift + accepted, self.depth + 1)
         tried = min(shift + min(accepted + 1, drafted), self.depth + 1)
-        self.accepted[shift + 1 : tried] *= self.memory
-        self.tried[shift + 1 : tried] *= self.memory
+        # Drafted depths that were not reached fade as well: what they once were like says less and less.
+        self.accepted[shift + 1 : shift + drafted] *= self.memory
+        self.tried[shift + 1 : shift + drafted] *= self.memory
         self.accepted[shift + 1 : end] += 1
         self.tried[shift + 1 : tried] += 1
 
@@ -183,12 +190,30 @@ class _Track:
     shift: int = 0
 
 
+@dataclass(slots=True)
+class Experience:
+    """Mutable: what all texts of a model have taught so far; plans of several engines may share it.
+
+    steps: decode steps planned. tries: those of them that drafted although AR looked best.
+    """
+
+    acceptance: Acceptance
+    steps: int = 0
+    tries: int = 0
+
+    @property
+    def may_try(self) -> bool:
+        """Whether a try, two steps, stays within 2% of all steps (the first four are free)."""
+        return self.tries + TRY_STEPS <= 4 + MAX_TRIES * self.steps
+
+
 class MeasuredPlan:
     """Mutable. A `Plan` that uses the schedule with the most tokens per second, AR among them.
 
-    costs: from `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much
-    better than AR, or than the schedule in use, another one must look before it is taken. replan: steps
-    between two decisions.
+    One plan paces one engine; `fresh` makes another for the same model and machine. costs: from
+    `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much better than
+    AR, or than the schedule in use, another one must look before it is taken. replan: steps between two
+    decisions.
     """
 
     def __init__(
@@ -198,19 +223,22 @@ class MeasuredPlan:
         draft_lens: Sequence[int] = (4, 8, 16),
         margin: float = 0.04,
         replan: int = 8,
+        experience: Experience | None = None,
     ) -> None:
         self.costs = costs
+        self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
         self.chains = tuple(Chain(schedule) for schedule in candidate_schedules(draft_lens))
         self.depth = max(draft_lens) - 1
-        self.all = Acceptance(self.depth, memory=0.99)
+        self.experience = experience or Experience(Acceptance(self.depth, memory=0.99))
         self.tracks: dict[int, _Track] = {}
-        self.schedule = AUTOREGRESSIVE
-        self.probe = Schedule(min(draft_lens), (1,))
-        self.steps = 0
-        self.ar_steps = 0
-        self.probing = 0
         self.active: frozenset[int] = frozenset()
+        self.schedule = AUTOREGRESSIVE
+        self.tried = Schedule(min(draft_lens), (1,))
+        self.age = 0  # steps since the schedule was last taken up
+        self.trying = 0  # steps left of a try
+        self.judging = False  # whether a try has just ended
+        self.hopeful = False  # whether the last verified draft had an accepted token
 
     @classmethod
     def measure(
@@ -221,50 +249,70 @@ class MeasuredPlan:
         batch: int = 1,
         draft_lens: Sequence[int] = (4, 8, 16),
     ) -> "MeasuredPlan":
-        """A plan for this model on this machine; takes about a second."""
+        """A plan for this model on this machine; takes a second or two."""
         return cls(measure_costs(model, method, batch, max(draft_lens)), draft_lens=draft_lens)
+
+    def fresh(self, *, experienced: bool = True) -> "MeasuredPlan":
+        """A plan for another engine, with the same costs and (`experienced`) the same experience."""
+        return MeasuredPlan(
+            self.costs,
+            draft_lens=self.draft_lens,
+            margin=self.margin,
+            replan=self.replan,
+            experience=self.experience if experienced else None,
+        )
 
     def choose(self, request_ids: Sequence[int]) -> Schedule:
         """See `Plan`."""
         active = frozenset(request_ids)
-        if active != self.active:
-            self.active = active
-            for request_id in active:
-                self.tracks.setdefault(request_id, _Track(Acceptance(self.depth)))
-            self.steps = self.ar_steps = self.probing = 0
-            self.schedule = self._best()
-            if (
-                not self.schedule.drafts
-            ):  # a new text gets its chance, whatever the others were like
-                self.schedule = self.probe
+        joined = active - self.active
+        self.active = active
+        for request_id in joined:
+            self.tracks[request_id] = _Track(Acceptance(self.depth))
+        if joined:
+            self._take(self._best())
+            if not self.schedule.drafts and self.experience.may_try:
+                self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
+        self.experience.steps += 1
+        self.age += 1
+        if self.judging:  # the verifying step of a try has been observed
+            self.judging = False
+            if self.hopeful:
+                self._take(self._best())
         elif self.schedule.drafts:
-            self.steps += 1
             # Sooner at first, when every step says much about a text that is new.
-            if self.steps % self.replan == 0 or (self.steps <= 16 and self.steps % 4 == 2):
-                self._decide()
-        return self._probe() if not self.schedule.drafts else self.schedule
+            if self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2):
+                self._take(self._best())
+        elif not self.trying and self.age % TRY_PERIOD == 0 and self.experience.may_try:
+            self.trying = TRY_STEPS
+        if self.schedule.drafts or not self.trying:
+            self.trying = 0
+            return self.schedule
+        self.experience.tries += 1
+        self.trying -= 1
+        self.judging = not self.trying
+        return self.tried
 
     def observe(self, event: StepEvent) -> None:
         """See `Plan`."""
-        if (
-            event.prefill
-        ):  # ids are an engine's own: a prefill begins a text, whatever had the id before
-            self.tracks[event.request_id] = _Track(Acceptance(self.depth))
-            self.active = frozenset()
-            return
         track = self.tracks[event.request_id]
-        if event.drafted > 1:
-            for acceptance in (track.acceptance, self.all):
-                acceptance.observe(track.shift, event.drafted, event.accepted)
-        track.shift = next_shift(event.schedule, event.drafted, event.accepted)
+        if event.prefill:
+            track.shift = 0
+        else:
+            if event.drafted > 1:
+                self.hopeful = event.accepted > 1
+                for acceptance in (track.acceptance, self.experience.acceptance):
+                    acceptance.observe(track.shift, event.drafted, event.accepted)
+            track.shift = next_shift(event.schedule, event.drafted, event.accepted)
         if event.finish is not None:
             del self.tracks[event.request_id]
+            self.active -= {event.request_id}
 
     def survival(self) -> Floats:
-        """Acceptance by depth that decisions rest on: the running requests', all requests' as their prior."""
-        prior = self.all.smoothed(start=0.7, weight=2.0)
-        tracks = [self.tracks[i].acceptance.estimate(prior, weight=3.0) for i in self.active]
-        return np.mean(tracks, axis=0) if tracks else prior
+        """Acceptance by depth that decisions rest on: the running requests', given all requests'."""
+        others = self.experience.acceptance.smoothed(start=0.7, weight=2.0)
+        tracks = [self.tracks[i].acceptance.estimate(others, weight=3.0) for i in self.active]
+        return np.mean(tracks, axis=0) if tracks else others
 
     def _best(self) -> Schedule:
         survival = self.survival()
@@ -276,26 +324,14 @@ class MeasuredPlan:
         kept = rates[self.schedule]
         return self.schedule if kept >= bar and rates[best] < kept * (1 + self.margin) else best
 
-    def _decide(self) -> None:
-        self.schedule = self._best()
-        if not self.schedule.drafts:
-            self.ar_steps = self.probing = 0
-            for track in self.tracks.values():
-                track.acceptance.forget(keep=2.0)  # so that probes can change the estimate
-
-    def _probe(self) -> Schedule:
-        """The schedule of a step while AR is in use: AR, or in the two steps of a probe, the probe's."""
-        self.ar_steps += 1
-        if self.probing:
-            self.probing -= 1
-            if self.probing == 0:  # the verifying step has been observed
-                self._decide()
-                return self.schedule
-            return self.probe
-        if self.ar_steps % PROBE_PERIOD == PROBE_PERIOD - 1:
-            self.probing = 2
-            return self.probe
-        return AUTOREGRESSIVE
+    def _take(self, schedule: Schedule) -> None:
+        """Goes over to a schedule, or stays with it."""
+        if schedule.drafts != self.schedule.drafts:
+            self.age = 0
+            if not schedule.drafts:
+                for track in self.tracks.values():
+                    track.acceptance.forget(keep=2.0)  # so that tries can change the estimate
+        self.schedule = schedule
 
 
 def measure_costs(
@@ -306,23 +342,37 @@ def measure_costs(
     *,
     context: int = 256,
     repeats: int = 7,
+    budget: float = 2.0,
 ) -> StepCosts:
     """Times real decode steps of growing size behind a prefix of `context` tokens; medians.
 
-    Sizes are interleaved over the repeats, so that a disturbance hits all of them alike.
+    Sizes are interleaved over the repeats, so that a disturbance hits all of them alike. Sizes that cost
+    far more than `max_draft_len` AR steps cannot pay and are left out; after `budget` seconds no further
+    repeat begins, so that a large model waits for two rounds at most.
     """
     context = max(1, min(context, model.config.max_positions - 3 * max_draft_len))
-    points = _profile_schedules(max_draft_len)
+    points = list(_profile_schedules(max_draft_len))
     weight = next(model.parameters())
     cache = KVCache(model.config, batch, device=weight.device, dtype=weight.dtype)
     cache.reserve(context + max(_rows(s, s.draft_len) for s in points))
     cache.lengths = [context] * batch
+    began = time.perf_counter()
     times: dict[int, list[float]] = {}
+    first = float("inf")
     for repeat in range(repeats + 1):
-        for schedule in points:
+        if repeat > 1 and time.perf_counter() - began > budget:
+            break
+        for schedule in tuple(points):
             rows, seconds = _time_step(model, method, schedule, cache, context)
-            if repeat:  # the first round warms up
+            if repeat:
                 times.setdefault(rows, []).append(seconds)
+                continue
+            # The first round warms up, and a second look at each size decides whether to keep it.
+            seconds = min(seconds, _time_step(model, method, schedule, cache, context)[1])
+            if seconds > 2 * max_draft_len * first:
+                points = points[: points.index(schedule)]
+                break
+            first = min(first, seconds)
     sizes = sorted(times)
     medians = [statistics.median(times[size]) for size in sizes]
     return StepCosts(tuple(sizes), tuple(np.maximum.accumulate(medians).tolist()))

@@ -41,7 +41,8 @@ def start_point(out: Path, *, resume: bool) -> Path | None:
     if resume:
         whole = whole_checkpoints(out)
         return whole[-1] if whole else None
-    if out.is_dir() and any(not path.name.startswith("self-data") for path in out.iterdir()):
+    ours = ("self-data", ".self-data")  # the second: a description that was being written
+    if out.is_dir() and any(not path.name.startswith(ours) for path in out.iterdir()):
         raise TidarError(
             f"{out} is not empty. Give --resume to carry on from its last checkpoint, or another "
             "folder for a new run."

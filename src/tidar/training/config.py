@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,10 @@ _TAKEN: Final = {
     "auto_find_batch_size": "",
     "deepspeed": "",
     "full_determinism": "",
+    "save_only_model": "",
+}
+_REASONS: Final = {
+    "save_only_model": "without the optimizer's state no checkpoint could be resumed from",
 }
 
 
@@ -99,6 +104,11 @@ class TrainConfig:
             raise TidarError(f"min_lr_ratio is {self.min_lr_ratio}; it must be from 0 to 1.")
         for name in self.arguments:
             _check_argument(name)
+        if self.optimizer == "muon" and "optim" in self.arguments:
+            raise TidarError(
+                f"optim ({self.arguments['optim']}) and optimizer muon are two optimizers; give one: "
+                "optimizer muon, or optim with optimizer adamw."
+            )
         self.objective_with(seed=0)
         if self.objective == "tidar" and max(self.draft_lens) > self.seq_len:
             raise TidarError(
@@ -161,10 +171,30 @@ def argument_types() -> dict[str, Any]:
     return {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
+def parse_argument(name: str, value: Any) -> Any:
+    """A text from a command line as what this field of `TrainingArguments` takes. Raises TidarError if it is not."""
+    kind = argument_types()[name]
+    if not isinstance(value, str) or "str" in str(kind):
+        return value
+    text = {"true": "true", "false": "false", "none": "null"}.get(value.lower(), value)
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = value
+    taken = re.findall(r"\b(?:bool|int|float|dict|list)\b", str(kind))
+    if isinstance(parsed, float) and parsed.is_integer() and "float" not in taken:
+        parsed = int(parsed)  # 1e4 steps
+    plain = isinstance(parsed, str) or (isinstance(parsed, float) and "float" not in taken)
+    if plain and taken:
+        raise TidarError(f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(taken))}.")
+    return parsed
+
+
 def _check_argument(name: str) -> None:
     if name in _TAKEN:
         instead = f"; use {_TAKEN[name]!r}" if _TAKEN[name] else ""
-        raise TidarError(f"{name!r} cannot be set: the run decides it{instead}.")
+        reason = _REASONS.get(name, "the run decides it")
+        raise TidarError(f"{name!r} cannot be set: {reason}{instead}.")
     known = argument_types()
     if name not in known:
         own = [f.name for f in dataclasses.fields(TrainConfig)]

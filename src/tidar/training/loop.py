@@ -292,6 +292,20 @@ class EvaluateFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.trainer.log(measure(0))
 
 
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Keep Trainer from spreading one process over all GPUs with `nn.DataParallel`.
+
+    Our loss, batches and compiled layers are those of one device per process.
+    """
+    if arguments.n_gpu > 1:
+        print(
+            f"{arguments.n_gpu} GPUs are here and this process uses one. To train on all of them: "
+            f"torchrun --nproc-per-node {arguments.n_gpu} -m tidar train ...",
+            file=sys.stderr,
+        )
+        arguments._n_gpu = 1
+
+
 def _already_a_batch(batch: Any) -> dict[str, Tensor]:
     """`RunData` answers with whole batches."""
     return cast("dict[str, Tensor]", batch)

@@ -30,6 +30,9 @@ from tidar.training.flex import flex_training_attend
 CHUNK_ELEMENTS = 1 << 29
 """Logits held at once by default, in elements (2 GiB as float32)."""
 
+SMALLEST_RATIO = 1e-3
+"""Lower bound of the share of a span that random masking masks, so that no row weighs above 1000."""
+
 ChunkLoss = Callable[..., Tensor]
 
 
@@ -39,8 +42,8 @@ class Objective:
 
     name: "tidar" (both halves) or "ar" (the clean half alone, for twins and cost comparisons).
     alpha: weight of the causal loss. draft_lens: values of K; each sequence draws one.
-    masking: "full", or "random" (each span masks a share t ~ U(0, 1] of its rows, weighted 1 / t;
-        the others hold their token; visibility stays).
+    masking: "full", or "random" (each span masks a share t ~ U(0, 1] of its rows, at least
+        0.001, weighted 1 / t; the others hold their token; visibility stays).
     anchors: grid of spans from each document's start ("grid"), or shifted at random ("random").
     soft_labels: share of the mask loss taken against the causal head's own distribution (stopped
         gradient) instead of the token; 0 is the paper's loss.
@@ -112,7 +115,10 @@ def mask_half(
         return torch.full_like(ids, mask_id), None
     epoch, index = batch["epoch"].unsqueeze(1), batch["index"].unsqueeze(1)
     place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    ratio = 1.0 - uniform(objective.seed, 3, epoch, index, span)
+    # LLaDA keeps the share, by which it too divides, at or above eps = 1e-3: `forward_process` in
+    # https://github.com/ML-GSAI/LLaDA/blob/main/GUIDELINES.md, p_mask = (1 - eps) * t + eps.
+    # Rows are drawn by the bounded share as well, so the weight stays unbiased.
+    ratio = (1.0 - uniform(objective.seed, 3, epoch, index, span)).clamp(min=SMALLEST_RATIO)
     masked = uniform(objective.seed, 4, epoch, index, place) < ratio
     return torch.where(masked, mask_id, ids), masked / ratio
 
@@ -260,7 +266,8 @@ class TrainingModel(nn.Module):
             total = (objective.alpha * clean + mask) / (1.0 + objective.alpha)
         labelled = (mask_labels != IGNORE).sum()
         items = labelled if num_items_in_batch is None else num_items_in_batch
-        seen = rows.anchor.sum() + rows.is_mask.sum() * max(objective.draft_lens)
+        span_len = sum(objective.draft_lens) / len(objective.draft_lens)
+        seen = rows.anchor.sum() + rows.is_mask.sum() * span_len
         stats = torch.stack((clean.detach(), mask.detach(), labelled.float(), seen.float()))
         return {"loss": total / items, "stats": stats}
 

@@ -211,17 +211,24 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(path)
         names = table.schema_arrow.names
-        column = "ids" if "ids" in names else text_field
-        if column not in names:
+        columns = [c for c in dict.fromkeys(("ids", "prompt", text_field)) if c in names]
+        if "ids" not in names and text_field not in names:
             raise TidarError(
                 f"{path}: no column {text_field!r}; the table has {', '.join(map(repr, names))}. "
                 "Name the right one with --text-field."
             )
-        for batch in table.iter_batches(columns=[column], batch_size=1024):
-            for value in batch.column(0).to_pylist():
-                document = _field({column: value or ""}, text_field, str(path))
-                if document:
-                    yield document
+        # A table has all columns in all rows: a null is a field that the row lacks. Only where the
+        # row has nothing else to give is it a value of the wrong kind.
+        needed = text_field if text_field in names else "ids"
+        rows = (
+            {name: value for name, value in row.items() if value is not None or name == needed}
+            for batch in table.iter_batches(columns=columns, batch_size=1024)
+            for row in batch.to_pylist()
+        )
+        for number, row in enumerate(rows, start=1):
+            document = _field(row, text_field, f"{path}, row {number}")
+            if document:
+                yield document
     except TidarError:
         raise
     except Exception as error:  # pyarrow's own exceptions; the package is optional

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
 from tidar.training.checkpoints import disk_errors, replace_text, start_point
-from tidar.training.config import TrainConfig, argument_types
+from tidar.training.config import TrainConfig, parse_argument
 from tidar.training.data import Batch, Encoding, RunData, TokenData, prepare
 from tidar.training.loop import (
     EvaluateFirst,
@@ -31,6 +30,7 @@ from tidar.training.loop import (
     JointTrainer,
     ShowProgress,
     StopWhenAsked,
+    use_one_gpu,
 )
 from tidar.training.objective import TrainingModel
 from tidar.training.sources import Source
@@ -140,10 +140,7 @@ def make_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     if "lr_scheduler_type" not in config.arguments:
         values["lr_scheduler_type"] = "cosine_with_min_lr"
         values["lr_scheduler_kwargs"] = {"min_lr_rate": config.min_lr_ratio}
-    kinds = argument_types()
-    values.update(
-        {name: _parsed(name, value, kinds[name]) for name, value in config.arguments.items()}
-    )
+    values.update({name: parse_argument(name, value) for name, value in config.arguments.items()})
     try:
         arguments = TrainingArguments(
             output_dir=str(out),
@@ -156,25 +153,13 @@ def make_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         raise TidarError(f"the training options do not work together: {error}") from error
     if arguments.device.type == "cuda":
         torch.cuda.set_device(arguments.device)
+    use_one_gpu(arguments)
     return arguments
 
 
-def _parsed(name: str, value: Any, kind: Any) -> Any:
-    """A text from a command line as the number, flag or object that the option takes."""
-    if not isinstance(value, str) or "str" in str(kind):
-        return value
-    text = {"true": "true", "false": "false", "none": "null"}.get(value.lower(), value)
-    try:
-        parsed = json.loads(text)
-    except ValueError:
-        parsed = value
-    taken = re.findall(r"\b(?:bool|int|float|dict|list)\b", str(kind))
-    if isinstance(parsed, float) and parsed.is_integer() and "float" not in taken:
-        parsed = int(parsed)  # 1e4 steps
-    plain = isinstance(parsed, str) or (isinstance(parsed, float) and "float" not in taken)
-    if plain and taken:
-        raise TidarError(f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(taken))}.")
-    return parsed
+def _data_seed(arguments: TrainingArguments) -> int:
+    """The seed of the order of the data: 0 is one too."""
+    return arguments.data_seed if arguments.data_seed is not None else arguments.seed
 
 
 def _agreed(checkpoint: Path | None, arguments: TrainingArguments) -> Path | None:
@@ -289,7 +274,7 @@ def _make_data(
         )
 
     with arguments.main_process_first(local=False, desc="preparing data"):
-        data = prepared(config.data, arguments.data_seed or arguments.seed)
+        data = prepared(config.data, _data_seed(arguments))
         held_out = {name: prepared((source,), 0) for name, source in config.eval_data}
     return data, held_out
 
@@ -300,8 +285,7 @@ def _make_run(data: TokenData, arguments: TrainingArguments) -> RunData:
     per_step *= arguments.world_size
     if arguments.max_steps <= 0:
         arguments.max_steps = max(1, math.ceil(arguments.num_train_epochs * len(data) / per_step))
-    seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
-    return RunData(data, seed=seed, total=arguments.max_steps * per_step)
+    return RunData(data, seed=_data_seed(arguments), total=arguments.max_steps * per_step)
 
 
 def _training_model(
@@ -342,7 +326,8 @@ def _begin(out: Path, config: TrainConfig, trainer: JointTrainer, checkpoint: Pa
             if changed:
                 print(f"Resuming with other values of: {', '.join(changed)}.", file=sys.stderr)
         replace_text(record, json.dumps(now, indent=1) + "\n")
-        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        # Without a checkpoint the measurement before the first step is taken again, too.
+        step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
         trainer.json_log.truncate_after(step)
     if config.resume:
         origin = f"from {checkpoint}" if checkpoint else "at step 0 (no whole checkpoint was found)"

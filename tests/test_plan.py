@@ -1,0 +1,398 @@
+"""The measured plan: its arithmetic against simulation, its habits on simulated texts, and law 3 with it."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from models import Excuses, ar_text, random_model, random_prompt, run_engine
+from numpy.typing import NDArray
+from test_decode import scripted, varied
+
+from tidar.decode.engine import Engine, FixedPlan
+from tidar.decode.plan import (
+    Acceptance,
+    Chain,
+    MeasuredPlan,
+    StepCosts,
+    candidate_schedules,
+    measure_costs,
+    next_shift,
+)
+from tidar.decode.request import Request, StepEvent
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.methods.tidar import Tidar
+from tidar.sampling import SamplingParams
+
+Floats = NDArray[np.float64]
+
+FREE = StepCosts((1, 400), (0.010, 0.011))
+"""Rows cost almost nothing."""
+
+DEAR = StepCosts((1, 101), (0.010, 1.010))
+"""Every row costs as much as an AR step."""
+
+
+def fading(first: float, last: float, depth: int = 64) -> Floats:
+    """Acceptance by depth, from `first` at depth 1 down to `last`."""
+    return np.concatenate([[1.0], np.linspace(first, last, depth)])
+
+
+def accept(rng: random.Random, survival: Floats, shift: int, drafted: int) -> int:
+    """How many of `drafted` tokens commit; the one at index i is that of span row shift + i."""
+    accepted = 1
+    while accepted < drafted and rng.random() < survival[shift + accepted]:
+        accepted += 1
+    return accepted
+
+
+def carry_on(schedule: Schedule, drafted: int, accepted: int) -> tuple[int, int]:
+    """Shift and length of the next draft, by the rule of the design, section 4, step 3."""
+    if schedule.draft_len == 1:
+        return 0, 1
+    anchors = [n for n in schedule.span_set if n <= drafted] or [1]
+    earlier = [n for n in anchors if n <= accepted]
+    if not earlier:
+        return schedule.draft_len - 1, 1
+    shift = accepted - max(earlier)
+    return shift, schedule.draft_len - shift
+
+
+# --- arithmetic ---
+
+
+@pytest.mark.parametrize(
+    ("schedule", "survival"),
+    [
+        (Schedule(2, (1, 2)), fading(0.5, 0.5)),
+        (Schedule(4, (1,)), fading(0.9, 0.6)),
+        (Schedule(4, (2, 4)), fading(0.8, 0.8)),
+        (Schedule(8, (1, 2, 4, 8)), fading(0.7, 0.2)),
+        (Schedule(8, ()), fading(0.9, 0.9)),
+        (Schedule(16, (1, 2, 3, 5, 8, 16)), fading(0.97, 0.9)),
+        (dense_schedule(16), fading(0.98, 0.95)),
+        (Schedule(16, (16,)), fading(0.97, 0.97)),
+        (AUTOREGRESSIVE, fading(0.9, 0.9)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Schedule) else "",
+)
+def test_rate_is_what_a_simulation_of_the_step_rule_gives(
+    schedule: Schedule, survival: Floats
+) -> None:
+    costs = StepCosts((1, 100, 200), (0.01, 0.03, 0.08))
+    rng = random.Random(0)
+    shift, drafted = 0, schedule.draft_len
+    tokens, seconds = 0, 0.0
+    for _ in range(60_000):
+        spans = len([n for n in schedule.span_set if n <= drafted]) or 1
+        rows = drafted + (spans * schedule.draft_len if schedule.draft_len > 1 else 0)
+        accepted = accept(rng, survival, shift, drafted)
+        tokens += accepted
+        seconds += float(np.interp(rows, (1, 100, 200, 300), (0.01, 0.03, 0.08, 0.13)))
+        shift, drafted = carry_on(schedule, drafted, accepted)
+    rate = Chain(schedule).rate(survival, costs)
+    assert rate == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_costs_between_and_beyond_the_points() -> None:
+    costs = StepCosts((1, 11, 21), (1.0, 2.0, 5.0))
+    assert costs([1, 6, 11, 16, 31]).tolist() == [1.0, 1.5, 2.0, 3.5, 8.0]
+
+
+def test_candidates() -> None:
+    found = candidate_schedules((4, 16))
+    assert len(set(found)) == len(found)
+    assert AUTOREGRESSIVE in found
+    for draft_len in (4, 16):
+        assert Schedule(draft_len, (1,)) in found
+        assert dense_schedule(draft_len) in found
+    assert {schedule.draft_len for schedule in found} == {1, 4, 16}
+
+
+@pytest.mark.parametrize("spans", [(1,), (1, 3), (2,), (4, 6), (), (1, 2, 4), (1, 2, 3, 4, 5, 6)])
+def test_next_shift_is_what_the_engine_does(spans: tuple[int, ...]) -> None:
+    """Over forced accept counts of all sizes, the engine's next draft is as long as the plan thinks."""
+    model, schedule = random_model("llama"), Schedule(6, spans)
+    prompt = random_prompt(model, 4, 5)
+    params = SamplingParams(seed=5)
+    text = ar_text(model, prompt, 90, params)
+    method = scripted(model, {5: text.all}, varied(6))
+    (run,) = run_engine(
+        Engine(model, method, FixedPlan(schedule), max_batch=1),
+        [Request(prompt=prompt, max_new_tokens=80, params=params)],
+    )
+    left, compared = 79, set()
+    steps = list(zip(run.drafted, run.accepts, strict=True))
+    for (drafted, accepted), (following, _) in pairwise(steps):
+        left -= accepted
+        if left >= 6:
+            shift = next_shift(schedule, drafted, accepted)
+            assert shift == carry_on(schedule, drafted, accepted)[0]
+            assert following == 6 - shift
+            compared.add((drafted, accepted))
+    assert len(compared) > 5
+    assert next_shift(AUTOREGRESSIVE, 1, 1) == 0
+
+
+def test_acceptance_estimates_converge() -> None:
+    truth, rng = fading(0.95, 0.4, 15), random.Random(1)
+    acceptance = Acceptance(15, memory=0.999)
+    schedule = Schedule(16, (1, 2, 4, 8))
+    shift, drafted = 0, 16
+    for _ in range(20_000):
+        accepted = accept(rng, truth, shift, drafted)
+        acceptance.observe(shift, drafted, accepted)
+        shift, drafted = carry_on(schedule, drafted, accepted)
+    tried = acceptance.tried[1:] > 300
+    assert tried.sum() > 5
+    for found in (acceptance.estimate(truth, 1.0), acceptance.smoothed(0.7, 2.0)):
+        assert np.abs(found - truth)[1:][tried].max() < 0.06
+    # And what it is told last weighs most.
+    for _ in range(3000):
+        acceptance.observe(0, 2, 1)
+    assert acceptance.smoothed(0.7, 2.0)[1] < 0.1
+    acceptance.forget(2.0)
+    assert acceptance.tried.max() <= 2.0 + 1e-9
+
+
+def test_measured_costs_rise_with_the_rows() -> None:
+    model = random_model("qwen3")
+    mask = model.config.mask_token_id
+    assert mask is not None
+    costs = measure_costs(model, Tidar(mask), max_draft_len=16, repeats=2)
+    assert list(costs.rows) == sorted(set(costs.rows))
+    assert costs.rows[0] == 1
+    assert costs.rows[-1] == 16 + 16 * 16
+    assert all(a <= b for a, b in pairwise(costs.seconds))
+    assert costs.seconds[0] > 0
+
+
+# --- habits ---
+
+
+class Simulated:
+    """A text without a model: drafts are accepted by chance, with a given probability by depth."""
+
+    def __init__(self, plan: MeasuredPlan, seed: int = 0) -> None:
+        self.plan, self.rng = plan, random.Random(seed)
+        schedule = plan.choose([0])
+        plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 0.01, None))
+        self.shift, self.length = 0, schedule.draft_len
+
+    def run(self, survival: Floats, steps: int) -> tuple[list[Schedule], list[int]]:
+        """The schedule and the accept count of each step."""
+        schedules, counts = [], []
+        for _ in range(steps):
+            schedule = self.plan.choose([0])
+            drafted = min(self.length, schedule.draft_len)
+            accepted = accept(self.rng, survival, self.shift, drafted)
+            rows = drafted + len(schedule.span_set) * schedule.draft_len
+            ids = tuple(range(accepted))
+            event = StepEvent(0, ids, False, drafted, accepted, rows, schedule, 0.01, None)
+            self.plan.observe(event)
+            self.shift, self.length = carry_on(schedule, drafted, accepted)
+            schedules.append(schedule)
+            counts.append(accepted)
+        return schedules, counts
+
+
+def drafting(schedules: Iterable[Schedule]) -> float:
+    """Share of the steps that are not plain AR."""
+    return float(np.mean([schedule.drafts for schedule in schedules]))
+
+
+def test_drafts_where_rows_are_free() -> None:
+    schedules, counts = Simulated(MeasuredPlan(FREE)).run(fading(0.9, 0.8), 600)
+    assert drafting(schedules[100:]) == 1.0
+    assert np.mean(counts[100:]) > 4.5
+    assert {schedule.draft_len for schedule in schedules[300:]} == {16}
+
+
+def test_settles_on_ar_where_rows_are_dear() -> None:
+    schedules, _ = Simulated(MeasuredPlan(DEAR)).run(fading(0.9, 0.8), 2200)
+    assert drafting(schedules[200:]) <= 0.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_falls_back_probes_little_and_comes_back(seed: int) -> None:
+    costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))
+    text = Simulated(MeasuredPlan(costs), seed)
+    schedules, _ = text.run(fading(0.95, 0.9), 400)
+    assert drafting(schedules[200:]) == 1.0
+    text.run(fading(0.0, 0.0), 600)
+    schedules, _ = text.run(fading(0.0, 0.0), 2000)  # has fallen back by now
+    assert 0 < drafting(schedules) <= 0.02  # and looks, now and then
+    schedules, counts = text.run(fading(0.95, 0.9), 1500)
+    assert drafting(schedules[1000:]) > 0.9
+    assert np.mean(counts[1000:]) > 3
+
+
+def test_a_lucky_token_now_and_then_does_not_keep_it_drafting() -> None:
+    costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))
+    shares = []
+    for seed in range(6):
+        text = Simulated(MeasuredPlan(costs), seed)
+        text.run(fading(0.02, 0.02), 300)
+        shares.append(drafting(text.run(fading(0.02, 0.02), 2000)[0]))
+    assert np.mean(shares) <= 0.05
+
+
+def test_schedule_follows_the_text() -> None:
+    """Where rows cost something, a predictable text gets more spans and longer drafts than a hard one."""
+    costs = StepCosts((1, 80, 272), (0.010, 0.013, 0.030))
+    easy, _ = Simulated(MeasuredPlan(costs)).run(fading(0.99, 0.98), 600)
+    hard, _ = Simulated(MeasuredPlan(costs)).run(fading(0.55, 0.3), 600)
+    rows = [
+        np.mean([s.draft_len * (1 + len(s.span_set)) for s in schedules[300:]])
+        for schedules in (easy, hard)
+    ]
+    assert rows[0] > 1.5 * rows[1]
+
+
+def test_many_requests_come_and_go() -> None:
+    """Requests that join, end, and reuse an id leave the plan with what it needs and no more."""
+    plan, rng = MeasuredPlan(FREE), random.Random(0)
+    running: dict[int, tuple[int, int]] = {}
+    for turn in range(400):
+        if len(running) < 4 and rng.random() < 0.4:
+            new = rng.choice([i for i in range(8) if i not in running])
+            schedule = plan.choose([new])
+            plan.observe(StepEvent(new, (1,), True, 0, 5, 5, schedule, 0.01, None))
+            running[new] = (0, schedule.draft_len)
+        if not running:
+            continue
+        schedule = plan.choose(list(running))
+        for each, (shift, length) in list(running.items()):
+            drafted = min(length, schedule.draft_len)
+            accepted = accept(rng, fading(0.9, 0.8), shift, drafted)
+            finish: Any = "length" if rng.random() < 0.1 else None
+            plan.observe(StepEvent(each, (1,), False, drafted, accepted, 9, schedule, 0.01, finish))
+            running[each] = carry_on(schedule, drafted, accepted)
+            if finish:
+                del running[each]
+        assert len(plan.tracks) <= 9, turn
+    assert schedule.drafts
+
+
+# --- law 3 ---
+
+
+class Restless(StepCosts):
+    """Costs that are new at each question, so that another schedule looks best all the time."""
+
+    def __call__(self, rows: Iterable[int]) -> Floats:
+        return np.array([_RNG.uniform(0.5, 8.0) for _ in rows])
+
+
+_RNG = random.Random(0)
+
+
+class Logged(MeasuredPlan):
+    """Remembers what it chose."""
+
+    def choose(self, request_ids: Sequence[int]) -> Schedule:
+        chosen = super().choose(request_ids)
+        self.chosen = [*getattr(self, "chosen", []), chosen]
+        return chosen
+
+
+@pytest.mark.parametrize("force", [True, False], ids=["forced", "natural"])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str
+)
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_output_is_ar_while_the_plan_changes_its_mind(
+    params: dict[str, Any], max_batch: int, force: bool, excuses: Excuses
+) -> None:
+    model = random_model("qwen3")
+    texts, requests = {}, []
+    for tag, length in enumerate((3, 7, 1, 5)):
+        prompt = random_prompt(model, length, tag)
+        own = SamplingParams(seed=tag, **params)
+        texts[tag] = ar_text(model, prompt, 80, own)
+        requests.append(Request(prompt=prompt, max_new_tokens=40 + 9 * tag, params=own))
+    mask = model.config.mask_token_id
+    assert mask is not None
+    known = {tag: text.all for tag, text in texts.items()}
+    method = scripted(model, known, varied(8)) if force else Tidar(mask)
+    plan = Logged(Restless((1,), (1.0,)), draft_lens=(2, 5, 8), margin=0.0, replan=2)
+    runs = run_engine(Engine(model, method, plan, max_batch=max_batch), requests)
+    for request, run in zip(requests, runs, strict=True):
+        text = texts[request.params.seed]
+        excuses.check(run.ids, text, text.ids[: request.max_new_tokens])
+    switches = sum(a != b for a, b in pairwise(plan.chosen))
+    assert switches > len(plan.chosen) / 10
+    assert len(set(plan.chosen)) > 6
+    if force:
+        assert max(max(run.accepts) for run in runs) > 3
+
+
+def make_rule(seed: int) -> Callable[[], Schedule]:
+    rng = random.Random(seed)
+
+    def pick() -> Schedule:
+        draft_len = rng.choice([1, 2, 3, 6, 9])
+        size = rng.randint(0, draft_len)
+        return Schedule(draft_len, tuple(sorted(rng.sample(range(1, draft_len + 1), size))))
+
+    return pick
+
+
+class Anything(FixedPlan):
+    """Any schedule at any step."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(AUTOREGRESSIVE)
+        self.pick = make_rule(seed)
+
+    def choose(self, request_ids: Sequence[int]) -> Schedule:
+        return self.pick()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_output_is_ar_under_any_sequence_of_schedules(seed: int, excuses: Excuses) -> None:
+    model = random_model("llama")
+    texts, requests = {}, []
+    for tag, params in enumerate(({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 8})):
+        prompt = random_prompt(model, 2 + tag, seed)
+        own = SamplingParams(seed=tag, **params)  # type: ignore[arg-type]
+        texts[tag] = ar_text(model, prompt, 80, own)
+        requests.append(Request(prompt=prompt, max_new_tokens=60, params=own))
+    method = scripted(model, {tag: text.all for tag, text in texts.items()}, varied(9, seed))
+    for max_batch in (1, 3):
+        runs = run_engine(Engine(model, method, Anything(seed), max_batch=max_batch), requests)
+        for request, run in zip(requests, runs, strict=True):
+            excuses.check(run.ids, texts[request.params.seed], texts[request.params.seed].ids[:60])
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_tries_stay_within_their_share_of_all_steps(batch: int) -> None:
+    """Texts come and go, drafting never pays: at most 2% of the steps draft, after the four free ones."""
+    plan, rng = MeasuredPlan(DEAR), random.Random(batch)
+    left: dict[int, int] = {}
+    drafts = {}
+    steps = drafted = next_id = 0
+    while steps < 3000:
+        if len(left) < batch:
+            left[next_id] = rng.randrange(20, 300)
+            drafts[next_id] = 1
+            schedule = plan.choose(list(left))
+            event = StepEvent(next_id, (1,), True, 0, 9, 9, schedule, 0.01, None)
+            plan.observe(event)
+            next_id += 1
+        schedule = plan.choose(list(left))
+        drafted += schedule.drafts
+        steps += 1
+        for request_id in list(left):
+            length = min(drafts[request_id], schedule.draft_len)
+            left[request_id] -= 1
+            finish = "length" if left[request_id] <= 0 else None
+            event = StepEvent(request_id, (1,), False, length, 1, 1, schedule, 0.01, finish)
+            plan.observe(event)
+            drafts[request_id] = schedule.draft_len if schedule.drafts else 1
+            if finish:
+                del left[request_id]
+    assert drafted <= 4 + 0.021 * (steps + next_id)
+    assert not plan.active - set(left)
