@@ -1,9 +1,16 @@
 """Counts, over all tests and workers, the token differences that a tiny margin excused."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 from models import Excuses
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in the tests also where they run in the background, which makes shells ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -41,12 +41,13 @@ T = TypeVar("T")
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Floats within `TOLERANCE` of each other, or of their root mean square where that is above 1.
+    """Floats within `TOLERANCE`, in units of the largest expected value where that is above 1.
 
-    A logit is a sum, whose rounding goes with the size of the whole row and not with its own.
+    A logit is a sum of hundreds of products, whose rounding goes with the size of the sum's terms: two
+    orders of summation of the bundled model's logits (up to about 20) differ by 2e-5 here and there.
     """
     finite = expected[torch.isfinite(expected)]
-    scale = max(1.0, float(finite.square().mean().sqrt())) if finite.numel() else 1.0
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=TOLERANCE * scale)
 
 

@@ -260,7 +260,7 @@ def test_decode_inverts_encode(tokenizer, text):
 
 
 def test_vocabulary(tokenizer):
-    assert tokenizer.get_vocab_size() == 4096
+    assert tokenizer.get_vocab_size() == 2560
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     assert tokenizer.token_to_id("<|mask|>") == 1
     with_digits = [piece for piece in tokenizer.get_vocab() if re.search(r"\d", piece)]
@@ -275,7 +275,7 @@ def test_transformers_opens_the_tokenizer(tokenizer):
     ids = auto(text)["input_ids"]
     assert ids == tokenizer.encode(text).ids
     assert auto.decode(ids) == text
-    assert (auto.eos_token_id, auto.mask_token_id, len(auto)) == (0, 1, 4096)
+    assert (auto.eos_token_id, auto.mask_token_id, len(auto)) == (0, 1, 2560)
     assert auto.bos_token_id is None
 
 

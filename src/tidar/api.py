@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
-from tidar.decode.plan import MeasuredPlan
+from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
@@ -132,6 +132,11 @@ class LanguageModel:
         draft_len = self._check_draft_len(draft_len)
         if span_set != "plan" or repeatable:
             return FixedPlan(Schedule.parse(draft_len, "dense" if span_set == "plan" else span_set))
+        if draft_len > MAX_DRAFT_LEN:
+            raise TidarError(
+                f"draft_len is {draft_len}; span set 'plan' weighs K up to {MAX_DRAFT_LEN}. Name a span set, "
+                "such as dense, single or 1,2,4."
+            )
         key = (draft_len, batch)
         if key not in self._plans:
             trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]

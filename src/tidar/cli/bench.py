@@ -114,7 +114,7 @@ def measure(
         "distinct_4_of_real_text": _real_distinct(file, settings),
     }  # fmt: skip
     return make_record(
-        command=sys.argv,
+        command=["tidar", *sys.argv[1:]],
         device=network.embed.weight.device,
         subject=subject,
         settings=_settings_json(settings, dtype),
@@ -152,6 +152,7 @@ def load_subject(
 
     if dtype not in DTYPES:
         raise TidarError(f"dtype {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+    told = source or "the bundled checkpoint"
     source, where = source or str(bundled_folder()), pick_device(device)
     if random_weights:
         folder, meta = Path(source), None
@@ -161,7 +162,7 @@ def load_subject(
         network, folder, meta = checkpoint.model, checkpoint.folder, checkpoint.meta
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     facts = {
-        "source": source,
+        "source": told,
         "parameters": num_parameters(network.config),
         "random_weights": random_weights,
         "trained_draft_lens": list(meta.draft_lens) if meta else [],

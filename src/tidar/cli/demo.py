@@ -11,18 +11,21 @@ if TYPE_CHECKING:
 PROMPTS = (
     (
         "Python",
-        "class Stack:\n"
-        '    """A stack of items, last in, first out."""\n\n'
-        "    def __init__(self):\n"
-        "        self.items = []\n\n"
-        "    def push(self, item):\n",
+        "# Time:  O(n)\n# Space: O(n)\n\n"
+        "class Solution(object):\n"
+        "    def twoSum(self, nums, target):\n"
+        '        """\n'
+        "        :type nums: List[int]\n"
+        "        :type target: int\n"
+        "        :rtype: List[int]\n"
+        '        """',
     ),
     (
         "Python",
         "# Time:  O(n)\n# Space: O(1)\n\n"
         "# Definition for singly-linked list.\n"
         "class ListNode(object):\n"
-        "    def __init__(self, x):\n",
+        "    def __init__(self, x):",
     ),
     ("arithmetic", "Compute 78417 + 5691.\n"),
     ("arithmetic", "Multiply 613 by 41.\n"),
@@ -35,8 +38,8 @@ ROWS = (
 
 
 def demo(
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs per method; medians are shown.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 160,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs per method; medians are shown.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 320,
 ) -> None:
     """Show the bundled model writing several tokens per forward pass, exactly as plain AR would.
 

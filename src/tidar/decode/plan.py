@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from tidar.model import Transformer
 from tidar.sampling import SamplingParams, seeded_draw
 
 Floats = NDArray[np.float64]
+
+MAX_DRAFT_LEN = 64
+"""The longest K that is planned: a candidate's table grows with its cube."""
 
 TRY_STEPS = 2
 """Steps of a try while AR is in use: one drafts, the next verifies."""
@@ -101,26 +104,55 @@ class Chain:
         return table
 
     def rate(self, survival: Floats, costs: StepCosts) -> float:
-        """Tokens per second in the long run.
+        """Tokens per second in the long run; see `Family.rates`."""
+        return float(Family((self,)).rates(survival, costs)[0])
+
+
+@dataclass(frozen=True)
+class Family:
+    """The chains of one K, evaluated together: a plan decides between tokens, so it must be quick."""
+
+    chains: tuple[Chain, ...]
+
+    @cached_property
+    def targets(self) -> Floats:
+        return np.stack([chain.targets for chain in self.chains])
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(rows for chain in self.chains for rows in chain.rows)
+
+    def rates(self, survival: Floats, costs: StepCosts) -> Floats:
+        """Tokens per second of each chain in the long run, `[len(chains)]`.
 
         survival: at index r, how likely the draft token of span row r is accepted when its turn comes;
         length at least K, index 0 unused.
         """
-        size = self.schedule.draft_len
+        lengths = self.chains[0].lengths
+        size = len(lengths)
         counts = np.zeros(
             (size, size)
         )  # counts[s, n - 1]: probability of n accepted tokens at shift s
-        for shift, length in enumerate(self.lengths):
+        for shift, length in enumerate(lengths):
             reached = np.concatenate([[1.0], np.cumprod(survival[shift + 1 : shift + length])])
             counts[shift, : length - 1] = reached[:-1] - reached[1:]
             counts[shift, length - 1] = reached[-1]
-        moves = np.einsum("sn,snt->st", counts, self.targets)
-        state = np.full(size, 1.0 / size)
+        moves = (counts[:, None, :] @ self.targets)[:, :, 0]
         for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled
             moves = moves @ moves
-        state = state @ moves
-        tokens = counts @ np.arange(1, size + 1)
-        return float((state @ tokens) / (state @ costs(self.rows)))
+        state = moves.mean(axis=1)
+        seconds = costs(self.rows).reshape(state.shape)
+        tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
+        return tokens / (state * seconds).sum(axis=1)
+
+
+@lru_cache(maxsize=16)
+def _families(draft_lens: tuple[int, ...]) -> tuple[Family, ...]:
+    """The chains of all candidates, by K."""
+    by_len: dict[int, list[Chain]] = {}
+    for schedule in candidate_schedules(draft_lens):
+        by_len.setdefault(schedule.draft_len, []).append(Chain(schedule))
+    return tuple(Family(tuple(chains)) for chains in by_len.values())
 
 
 def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
@@ -221,14 +253,14 @@ class MeasuredPlan:
         costs: StepCosts,
         *,
         draft_lens: Sequence[int] = (4, 8, 16),
-        margin: float = 0.04,
+        margin: float = 0.06,
         replan: int = 8,
         experience: Experience | None = None,
     ) -> None:
         self.costs = costs
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
-        self.chains = tuple(Chain(schedule) for schedule in candidate_schedules(draft_lens))
+        self.families = _families(self.draft_lens)
         self.depth = max(draft_lens) - 1
         self.experience = experience or Experience(Acceptance(self.depth, memory=0.99))
         self.tracks: dict[int, _Track] = {}
@@ -316,7 +348,13 @@ class MeasuredPlan:
 
     def _best(self) -> Schedule:
         survival = self.survival()
-        rates = {c.schedule: c.rate(survival, self.costs) for c in self.chains}
+        rates = {
+            chain.schedule: rate
+            for family in self.families
+            for chain, rate in zip(
+                family.chains, family.rates(survival, self.costs).tolist(), strict=True
+            )
+        }
         best = max(rates, key=lambda schedule: rates[schedule])
         bar = rates[AUTOREGRESSIVE] * (1 + self.margin)
         if rates[best] < bar:
