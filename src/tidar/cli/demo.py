@@ -28,7 +28,7 @@ PROMPTS = (
         "    def __init__(self, x):",
     ),
     ("arithmetic", "Compute 78417 + 5691.\n"),
-    ("arithmetic", "Multiply 613 by 41.\n"),
+    ("arithmetic", "Multiply 613 by 4.\n"),
 )
 ROWS = (
     ("AR", "ar", None, "plan"),
