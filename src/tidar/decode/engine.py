@@ -173,9 +173,6 @@ class Engine:
         kept = sequence.emit(new)
         if sequence.finish is None and self.cache.lengths[slot] >= self.limit:
             sequence.finish = "context"
-        if not prefill:
-            sequence.steps += 1
-            sequence.decoded += len(kept)
         rows = len(draft.tokens) + len(step.anchors[index]) * schedule.draft_len
         drafted = 0 if prefill else len(draft.tokens)
         return StepEvent(

@@ -64,8 +64,6 @@ class Sequence:
     request: Request
     emitted: list[int] = field(default_factory=list)
     draft: Draft = field(default_factory=lambda: Draft(()))
-    steps: int = 0
-    decoded: int = 0
     finish: FinishReason | None = None
     draw: Draw = field(init=False)
     stopper: Stopper | None = field(init=False)
