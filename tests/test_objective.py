@@ -93,9 +93,11 @@ def test_mask_rows_change_no_clean_logit() -> None:
 
 
 @pytest.mark.parametrize("masking", ["full", "random"])
-@pytest.mark.parametrize("soft_labels", [0.0, 0.5])
-def test_accumulation_equals_one_large_batch(masking: str, soft_labels: float) -> None:
-    joint = model(masking=masking, soft_labels=soft_labels, draft_lens=(2, 4), anchors="random")
+@pytest.mark.parametrize("soft", [(0.0, "causal"), (0.5, "causal"), (0.5, "base")], ids=str)
+def test_accumulation_equals_one_large_batch(masking: str, soft: tuple[float, str]) -> None:
+    joint = model(
+        masking=masking, soft_labels=soft[0], teacher=soft[1], draft_lens=(2, 4), anchors="random"
+    )
     whole = batch([[0] * 12, [0] * 5 + [1] * 7, [0] * 12])
     joint(**whole)["loss"].backward()
     expected = {name: p.grad.clone() for name, p in joint.named_parameters() if p.grad is not None}
@@ -107,6 +109,54 @@ def test_accumulation_equals_one_large_batch(masking: str, soft_labels: float) -
     for name, parameter in joint.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
+
+
+def test_the_base_as_teacher_keeps_the_causal_head_where_it_is() -> None:
+    """With its own distribution as the label, a causal row has its least loss: no gradient."""
+    joint = model(teacher="base", soft_labels=1.0, alpha=1e6)  # the mask half as good as absent
+    inputs = batch([[0] * 12, [0] * 5 + [1] * 7])
+    joint(**inputs)["loss"].backward()
+    for name, parameter in joint.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() < 1e-5, name
+
+
+def test_the_teacher_base_is_the_network_before_training() -> None:
+    """Frozen, invisible to optimizers and checkpoints, and not what the network has become."""
+    inputs = batch([[0] * 12])
+    joint = model(teacher="base", soft_labels=1.0)
+    assert set(joint.state_dict()) == set(model().state_dict())
+    before = joint(**inputs)["stats"][0].item()
+    with torch.no_grad():
+        for parameter in joint.parameters():
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            )
+    net, base = joint.net, init_model(CONFIG, 0)
+    rows = clean_rows(12)
+    attend = dense_attend(dense(rows, rows))
+    hidden, taught = (n(inputs["input_ids"], rows.position[None], attend) for n in (net, base))
+    probs = base.logits(taught)[0, :-1].softmax(-1)
+    log_probs = net.logits(hidden)[0, :-1].log_softmax(-1)
+    expected = -(probs * log_probs)[:, :-1].sum()  # the mask token, last of all, is impossible
+    after = joint(**inputs)["stats"][0].item()
+    assert after == pytest.approx(expected.item(), rel=1e-5)
+    assert after > before  # cross entropy is least where it began
+
+
+def test_held_out_losses_are_against_the_tokens() -> None:
+    inputs = batch([[0] * 12])
+    plain = model()(**inputs)["stats"]
+    for teacher in ("causal", "base"):
+        joint = model(teacher=teacher, soft_labels=1.0)
+        with joint.hard_labels():
+            assert torch.allclose(joint(**inputs)["stats"], plain)
+        assert not torch.allclose(joint(**inputs)["stats"], plain)
+
+
+def test_a_base_without_soft_labels_teaches_nothing_and_is_refused() -> None:
+    with pytest.raises(TidarError, match="set soft_labels"):
+        Objective(teacher="base")
 
 
 def test_chunks_change_nothing() -> None:

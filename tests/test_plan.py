@@ -239,6 +239,21 @@ def test_a_lucky_token_now_and_then_does_not_keep_it_drafting() -> None:
     assert np.mean(shares) <= 0.05
 
 
+@pytest.mark.parametrize("survival", [fading(0.3, 0.1), fading(0.2, 0.2), fading(0.4, 0.05)])
+def test_a_text_that_does_not_suit_drafting_loses_little(survival: Floats) -> None:
+    """Even where all other texts did well: what drafting costs one text is bounded by its stake."""
+    costs = StepCosts((1, 8, 20, 100), (0.010, 0.016, 0.020, 0.060))
+    for seed in range(10):
+        plan = MeasuredPlan(costs)
+        Simulated(plan, seed).run(fading(0.95, 0.9), 600)
+        plan = plan.fresh()
+        schedules, counts = Simulated(plan, seed).run(survival, 260)
+        rows = [s.draft_len * (1 + len(s.span_set)) if s.drafts else 1 for s in schedules]
+        spent = float((costs(rows) / 0.010).sum())
+        dearest = float(max(costs(rows)) / 0.010)
+        assert spent <= sum(counts) * 1.02 + 4 + 2 * dearest
+
+
 def test_schedule_follows_the_text() -> None:
     """Where rows cost something, a predictable text gets more spans and longer drafts than a hard one."""
     costs = StepCosts((1, 80, 272), (0.010, 0.013, 0.030))
@@ -284,6 +299,9 @@ class Restless(StepCosts):
 
     def __call__(self, rows: Iterable[int]) -> Floats:
         return np.array([_RNG.uniform(0.5, 8.0) for _ in rows])
+
+    def ratio(self, rows: int) -> float:
+        return 1.0  # never so dear that drafting stops
 
 
 _RNG = random.Random(0)

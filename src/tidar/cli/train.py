@@ -47,7 +47,11 @@ AlphaArg = Annotated[float | None, typer.Option(help="Weight of the causal loss.
 MaskingArg = Annotated[str | None, typer.Option(help="`full` or `random`.")]
 AnchorsArg = Annotated[str | None, typer.Option(help="`grid`, or `random` offsets of it.")]
 SoftLabelsArg = Annotated[
-    float | None, typer.Option(help="Share of the mask loss taken against the causal head.")
+    float | None, typer.Option(help="Share of the loss taken against a teacher's distribution.")
+]
+TeacherArg = Annotated[
+    str | None,
+    typer.Option(help="`causal` (own head, teaches drafting) or `base` (frozen; teaches both)."),
 ]
 SeqLenArg = Annotated[int | None, typer.Option(help="Clean tokens per sequence.")]
 EvalDataArg = Annotated[
@@ -78,6 +82,7 @@ def train(
     masking: MaskingArg = None,
     anchors: AnchorsArg = None,
     soft_labels: SoftLabelsArg = None,
+    teacher: TeacherArg = None,
     seq_len: SeqLenArg = None,
     eval_data: EvalDataArg = None,
     eval_every: EvalEveryArg = None,

@@ -44,6 +44,12 @@ TRY_PERIOD = 100
 MAX_TRIES = 0.02
 """Share of all steps that tries may take."""
 
+STAKE = 4.0
+"""AR steps of time that drafting may cost a text at most, over what it has brought in, ..."""
+
+STAKE_PER_TOKEN = 0.02
+"""... and as much again for each of its tokens. Estimates may err; this bounds what errors cost."""
+
 
 def candidate_schedules(draft_lens: Sequence[int]) -> tuple[Schedule, ...]:
     """AR, and for each K a ladder of span sets from one span to all of them."""
@@ -64,6 +70,11 @@ class StepCosts:
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+
+    def ratio(self, rows: int) -> float:
+        """Seconds of a step with so many rows, in AR steps."""
+        one, many = self((1, rows))
+        return float(many / one)
 
     def __call__(self, rows: Iterable[int]) -> Floats:
         """Seconds for each row count; past the last point the last slope goes on."""
@@ -219,10 +230,16 @@ class Acceptance:
 
 @dataclass(slots=True)
 class _Track:
-    """What the plan knows of one request."""
+    """What the plan knows of one request.
+
+    lost: time that its drafting steps took, less what plain AR would have taken for their tokens, in AR
+    steps. tokens: committed in decode steps.
+    """
 
     acceptance: Acceptance
     shift: int = 0
+    lost: float = 0.0
+    tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -314,6 +331,8 @@ class MeasuredPlan:
             self.judging = False
             if self.hopeful:
                 self._take(self._best())
+        elif self.schedule.drafts and not self.affordable:
+            self._take(AUTOREGRESSIVE)
         elif self.schedule.drafts:
             # Sooner at first, when every step says much about a text that is new.
             if self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2):
@@ -334,6 +353,9 @@ class MeasuredPlan:
         if event.prefill:
             track.shift = 0
         else:
+            track.tokens += event.accepted
+            if event.schedule.drafts:
+                track.lost += self.costs.ratio(event.rows) - event.accepted
             if event.drafted > 1:
                 self.hopeful = event.accepted > 1
                 for acceptance in (track.acceptance, self.experience.acceptance):
@@ -349,7 +371,15 @@ class MeasuredPlan:
         tracks = [self.tracks[i].acceptance.estimate(others, weight=3.0) for i in self.active]
         return np.mean(tracks, axis=0) if tracks else others
 
+    @property
+    def affordable(self) -> bool:
+        """Whether drafting has not cost the running requests more than their stake."""
+        tracks = [self.tracks[i] for i in self.active]
+        return sum(t.lost - STAKE - STAKE_PER_TOKEN * t.tokens for t in tracks) <= 0.0
+
     def _best(self) -> Schedule:
+        if not self.affordable:
+            return AUTOREGRESSIVE
         survival = self.survival()
         rates = {
             chain.schedule: rate

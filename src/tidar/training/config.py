@@ -73,6 +73,7 @@ class TrainConfig:
     masking: Literal["full", "random"] = "full"
     anchors: Literal["grid", "random"] = "grid"
     soft_labels: float = 0.0
+    teacher: Literal["causal", "base"] = "causal"
     head_chunk: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
@@ -125,6 +126,7 @@ class TrainConfig:
             masking=self.masking,
             anchors=self.anchors,
             soft_labels=self.soft_labels,
+            teacher=self.teacher,
             head_chunk=self.head_chunk,
             seed=seed,
         )

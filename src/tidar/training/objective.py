@@ -10,6 +10,7 @@ anchors and masks are a hash of (seed, epoch, sequence index), never of a genera
 resuming and the number of processes change nothing.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ class Objective:
     masking: "full", or "random" (each span masks a share t ~ U(0, 1] of its rows, at least
         0.001, weighted 1 / t; the others hold their token; visibility stays).
     anchors: grid of spans from each document's start ("grid"), or shifted at random ("random").
-    soft_labels: share of the mask loss taken against the causal head's own distribution (stopped
-        gradient) instead of the token; 0 is the paper's loss.
+    soft_labels: share of the loss taken against the teacher's distribution instead of the token;
+        0 is the paper's loss.
+    teacher: whose distribution. "causal": the network's own causal head, stopped gradient; it teaches
+        the mask half. "base": the network before training, frozen; it teaches both halves, which
+        keeps the causal head where it was (knowledge distillation, arXiv 1503.02531).
     head_chunk: rows projected to the vocabulary at once; 0 picks it from the vocabulary size.
     """
 
@@ -56,12 +60,13 @@ class Objective:
     masking: Literal["full", "random"] = "full"
     anchors: Literal["grid", "random"] = "grid"
     soft_labels: float = 0.0
+    teacher: Literal["causal", "base"] = "causal"
     head_chunk: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         choices = {"name": ("tidar", "ar"), "masking": ("full", "random")}
-        choices["anchors"] = ("grid", "random")
+        choices |= {"anchors": ("grid", "random"), "teacher": ("causal", "base")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise TidarError(
@@ -75,6 +80,10 @@ class Objective:
         if not lens or list(lens) != sorted(set(lens)) or lens[0] < 1:
             raise TidarError(
                 f"draft_lens is {lens}; give one or more rising numbers from 1, such as (8, 16)."
+            )
+        if self.teacher == "base" and not self.soft_labels:
+            raise TidarError(
+                "teacher 'base' without soft_labels teaches nothing; set soft_labels, 1 for example."
             )
         if self.head_chunk < 0:
             raise TidarError(f"head_chunk is {self.head_chunk}; it must be 0 (automatic) or more.")
@@ -129,19 +138,21 @@ def chunk_loss(
     labels: Tensor,
     weights: Tensor | None,
     teacher: Tensor | None,
+    teacher_head: Tensor,
     mask_id: int | None,
     soft: float,
 ) -> Tensor:
     """Summed loss of some rows, float32: hidden `[R, D]`, labels and weights `[R]`.
 
-    teacher: hidden `[R, D]` of the causal rows whose distribution is the soft label, or None.
+    teacher: hidden `[R, D]` of the causal rows whose distribution, by `teacher_head`, is the soft
+    label, or None.
     """
     logits = F.linear(hidden, head).float()
     if mask_id is not None:
         logits[:, mask_id] = -torch.inf
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     if teacher is not None:
-        target = F.linear(teacher, head).float()
+        target = F.linear(teacher, teacher_head).float()
         log_probs = logits.log_softmax(dim=-1)
         if mask_id is not None:
             target[:, mask_id] = -torch.inf
@@ -172,6 +183,9 @@ class TrainingModel(nn.Module):
 
     attention: "dense" (SDPA, any device) or "flex" (FlexAttention, CUDA).
     fast: compile the layers, the loss and the mask; shapes must then stay fixed.
+
+    With the teacher "base", a frozen copy of `net` as given is kept. It is no part of the module: an
+    optimizer or a checkpoint never sees it.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
@@ -190,18 +204,23 @@ class TrainingModel(nn.Module):
             raise TidarError("the tidar objective needs a model with a mask token.")
         self.net, self.objective, self.attention, self.fast = net, objective, attention, fast
         self._chunk_loss: ChunkLoss = chunk_loss
+        self._base: tuple[Transformer, ...] = ()  # in a tuple, so that it is no submodule
+        self._soft = bool(objective.soft_labels)
+        if objective.name == "tidar" and objective.teacher == "base":
+            self._base = (copy.deepcopy(net).requires_grad_(False),)
         if fast:
             self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
-            self.compile_layers()
+            for network in (net, *self._base):
+                self.compile_layers(network)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, network: Transformer) -> None:
         """Compile each layer in place: names of parameters stay as they are.
 
         The layers share one graph. Their `index`, which only `attend` is told and our closures
         ignore, is set to 0 meanwhile: torch 2.11 compiles anew for each value, and gives up after
         eight.
         """
-        for layer in self.net.layers:
+        for layer in network.layers:
             assert isinstance(layer, Layer)
             layer.compile(dynamic=False)
             layer.index = 0
@@ -219,6 +238,15 @@ class TrainingModel(nn.Module):
         finally:
             for layer, call, index in zip(layers, compiled, indices, strict=True):
                 layer._compiled_call_impl, layer.index = call, index
+
+    @contextmanager
+    def hard_labels(self) -> Iterator[None]:
+        """Losses against the tokens alone, whatever the objective teaches: for held-out text."""
+        soft, self._soft = self._soft, False
+        try:
+            yield
+        finally:
+            self._soft = soft
 
     def attend(self, rows: Rows) -> Attend:
         """The attention of a forward pass over these rows."""
@@ -254,14 +282,14 @@ class TrainingModel(nn.Module):
             ids = torch.cat((input_ids, mask_ids), dim=1)
         hidden = self.net(ids, rows.position, self.attend(rows))
         clean_hidden = hidden[:, :length]
-        clean = self._sum_loss(clean_hidden, clean_labels)
+        teacher = self._teacher(input_ids, rows, clean_hidden)
+        clean = self._sum_loss(clean_hidden, clean_labels, teacher=teacher if self._base else None)
         total = clean
         mask = torch.zeros_like(clean)
         if objective.name == "tidar":
-            teacher = None
-            if objective.soft_labels:
+            if teacher is not None:
                 # The clean row before a mask row's position predicts the same token.
-                teacher = F.pad(clean_hidden.detach()[:, :-1], (0, 0, 1, 0))
+                teacher = F.pad(teacher[:, :-1], (0, 0, 1, 0))
             mask = self._sum_loss(hidden[:, length:], mask_labels, weights, teacher)
             total = (objective.alpha * clean + mask) / (1.0 + objective.alpha)
         labelled = (mask_labels != IGNORE).sum()
@@ -270,6 +298,17 @@ class TrainingModel(nn.Module):
         seen = rows.anchor.sum() + rows.is_mask.sum() * span_len
         stats = torch.stack((clean.detach(), mask.detach(), labelled.float(), seen.float()))
         return {"loss": total / items, "stats": stats}
+
+    def _teacher(self, ids: Tensor, rows: Rows, clean_hidden: Tensor) -> Tensor | None:
+        """Hidden states `[B, L, D]` of the clean rows whose distributions are the soft labels."""
+        if self.objective.name == "ar" or not self._soft:
+            return None
+        if not self._base:
+            return clean_hidden.detach()
+        clean = rows.apply(lambda attribute: attribute[:, : ids.shape[1]])
+        base = self._base[0].to(ids.device)
+        with torch.no_grad():
+            return base(ids, clean.position, self.attend(clean))
 
     def _sum_loss(
         self,
@@ -296,6 +335,7 @@ class TrainingModel(nn.Module):
                 goal[part],
                 None if weight is None else weight[part],
                 None if guide is None else guide[part],
+                (self._base[0] if self._base else self.net).head_weight,
                 config.mask_token_id,
                 self.objective.soft_labels,
             )

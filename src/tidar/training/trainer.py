@@ -401,7 +401,7 @@ def evaluate(
 
 
 def _losses(trainer: JointTrainer, name: str, data: TokenData) -> dict[str, float]:
-    """Mean clean and mask loss of the first `eval_sequences` sequences.
+    """Mean clean and mask loss, against the tokens, of the first `eval_sequences` sequences.
 
     Batches have the shape of training batches, and gradients stay on although none is taken, so
     that the compiled graphs of training serve here too.
@@ -413,7 +413,8 @@ def _losses(trainer: JointTrainer, name: str, data: TokenData) -> dict[str, floa
     for begin in range(args.process_index * size, count, args.world_size * size):
         batch = _padded_batch(data, begin, min(begin + size, count), size)
         inputs = {key: value.to(args.device) for key, value in batch.items()}
-        total += trainer.joint(**inputs)["stats"]
+        with trainer.joint.hard_labels():
+            total += trainer.joint(**inputs)["stats"]
     clean, mask, items, _ = trainer.accelerator.reduce(total).tolist()
     losses = {f"eval/{name}/clean_loss": clean / max(items, 1.0)}
     if trainer.config.objective == "tidar":
