@@ -11,14 +11,13 @@ from models import Excuses, ar_text, random_model, random_prompt, run_engine
 from numpy.typing import NDArray
 from test_decode import scripted, varied
 
+from tidar.decode.costs import StepCosts, measure_costs
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.plan import (
     Acceptance,
     Chain,
     MeasuredPlan,
-    StepCosts,
     candidate_schedules,
-    measure_costs,
     next_shift,
 )
 from tidar.decode.request import Request, StepEvent
