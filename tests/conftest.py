@@ -1,16 +1,22 @@
 """Counts, over all tests and workers, the token differences that a tiny margin excused."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from models import Excuses
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works in the tests also where they run in the background, which makes shells ignore it."""
+    """Ctrl-C works in the background too, where shells make tests ignore it; kernels run without a GPU."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Read where triton is first imported, so it is set before any test module is: without a GPU the
+    # tests of the kernels run in triton's interpreter.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -7,28 +7,42 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from models import random_model, random_prompt
 from typer.testing import CliRunner
 
-from tidar.bench.measure import Pass, Settings, Text, Timing, run_bench, run_pass
+from tidar.bench.measure import (
+    Pass,
+    Settings,
+    Text,
+    Timing,
+    pick_engine,
+    run_bench,
+    run_pass,
+)
+from tidar.bench.memory import MemoryMeter
 from tidar.bench.prompts import Prompt, answer_matches, exact_match, find_answer, read_prompts
-from tidar.bench.record import environment, read_record, write_record
+from tidar.bench.record import environment, git_state, read_record, write_record
 from tidar.bench.repetition import distinct_ngrams, mean_distinct
 from tidar.bench.summary import (
     acceptance_line,
     ar_against_itself,
+    run_figures,
     same_tokens,
     speed_ups,
+    step_milliseconds,
     summarise,
 )
 from tidar.cli.bench import bench
 from tidar.decode.compare import first_difference, near_tie_margin
+from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.decode.spec import parse_method, parse_methods
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.model import num_parameters
 from tidar.sampling import SamplingParams
 from tidar.weights import save_checkpoint
 
@@ -141,6 +155,70 @@ def test_a_batched_forward_is_counted_once() -> None:
     assert [text.steps for text in done.texts] == [9, 9, 9]
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_buckets_of_the_paged_engine_add_up(batch: int, behind: int) -> None:
+    """Prompts of several chunks; at batch 3 they run beside the decode steps of those before."""
+    limits = EngineLimits(max_running=batch, max_draft_len=4, chunk_tokens=5, behind=behind)
+    engine = parse_method("tidar:4:dense").engine(MODEL, limits=limits)
+    assert isinstance(engine, PagedEngine)
+    requests = [
+        Request(prompt=random_prompt(MODEL, 12 + i, i), max_new_tokens=24 + i) for i in range(4)
+    ]
+    done = run_pass(engine, requests)
+    timing = done.timing
+    assert timing.prefill > 0
+    assert timing.decode > 0
+    assert timing.host >= 0
+    assert timing.prefill + timing.decode + timing.host == pytest.approx(timing.wall, rel=0.01)
+    assert timing.forwards == len(timing.steps)
+    assert sum(step.seconds for step in timing.steps) == pytest.approx(timing.decode)
+    assert sum(step.tokens for step in timing.steps) == sum(text.decoded for text in done.texts)
+    assert sum(step.sequences for step in timing.steps) == sum(text.steps for text in done.texts)
+    if batch == 1:
+        assert timing.mixed == 0
+    else:  # the first text decodes while others are in prefill, and in the end all decode
+        assert 0 < timing.mixed < timing.decode
+        assert not timing.steps[0].alone
+        assert timing.steps[-1].alone
+    assert [len(text.ids) for text in done.texts] == [24, 25, 26, 27]
+    figures = run_figures([done])
+    alone = [step for step in timing.steps if step.alone]
+    assert figures["decode_tokens_per_second"] == pytest.approx(
+        sum(step.tokens for step in alone) / sum(step.seconds for step in alone)
+    )
+    step = step_milliseconds([[done]])
+    assert step is not None
+    assert step["sequences"] == max(s.sequences for s in alone)
+    assert 0 < step["min"] <= step["median"] <= step["max"]
+
+
+def test_an_engine_refuses_a_longer_draft_than_its_limits() -> None:
+    with pytest.raises(TidarError, match="max_draft_len"):
+        parse_method("tidar:8:dense").engine(MODEL, limits=EngineLimits(max_draft_len=4))
+
+
+def test_engine_by_name() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pick_engine("auto", cpu) == "plain"
+    assert pick_engine("auto", cuda) == "paged"
+    assert pick_engine("auto", cuda, teacher_forced=True) == "plain"
+    assert pick_engine("auto", cpu, replayed=True) == "paged"
+    assert pick_engine("plain", cuda) == "plain"
+    with pytest.raises(TidarError, match="not known"):
+        pick_engine("fast", cpu)
+    with pytest.raises(TidarError, match="teacher"):
+        settings(engine="paged", teacher_forced=True)
+
+
+def test_commit_of_an_exported_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("TIDAR_COMMIT", raising=False)
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("TIDAR_COMMIT", "abc123")
+    assert git_state(tmp_path) == {"commit": "abc123", "dirty": None, "from": "TIDAR_COMMIT"}
+
+
 def test_buckets_that_miss_the_clock_are_refused() -> None:
     with pytest.raises(AssertionError, match="add up"):
         Timing(prefill=1.0, decode=1.0, host=0.5, wall=3.0).check()
@@ -148,11 +226,25 @@ def test_buckets_that_miss_the_clock_are_refused() -> None:
         Timing(prefill=2.0, decode=2.0, host=-1.0, wall=3.0).check()
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch": 3}, {"temperature": 0.9}, {"runs": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch": 3},
+        {"temperature": 0.9},
+        {"runs": 1},
+        {"engine": "paged"},
+        {"engine": "paged", "batch": 2, "temperature": 0.9},
+    ],
+)
 def test_methods_side_by_side(changes: dict) -> None:
     chosen = settings(**changes)
-    passes = run_bench(MODEL, PROMPTS, chosen, frozenset())
-    figures = summarise(MODEL, passes, PROMPTS, chosen, None)
+    meter = MemoryMeter(MODEL)
+    passes = run_bench(MODEL, PROMPTS, chosen, frozenset(), meter=meter)
+    figures = summarise(MODEL, passes, PROMPTS, chosen, None, meter)
+    assert figures["ar"]["memory"]["weight_bytes"] == 4 * num_parameters(MODEL.config)
+    assert figures["ar"]["memory"]["cache_bytes"] > 0
+    assert figures["ar"]["step_milliseconds"]["median"] > 0
     ar, tidar = figures["ar"], figures["tidar:4:dense"]
     assert ar["tokens_per_forward"] == 1.0
     assert tidar["tokens_per_forward"] >= 1.0
@@ -253,8 +345,10 @@ def test_record_round_trips(tmp_path: Path) -> None:
         read_record(tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("random_weights", [False, True])
-def test_command(tmp_path: Path, random_weights: bool) -> None:
+@pytest.mark.parametrize(
+    ("random_weights", "engine"), [(False, "auto"), (True, "auto"), (False, "paged")]
+)
+def test_command(tmp_path: Path, random_weights: bool, engine: str) -> None:
     meta = TidarMeta(draft_lens=(4,), mask_token_id=39)
     folder = save_checkpoint(tmp_path / "model", MODEL, meta=meta)
     if random_weights:
@@ -266,6 +360,7 @@ def test_command(tmp_path: Path, random_weights: bool) -> None:
     arguments = [str(folder), "--prompts", str(prompts), "--methods", "ar,tidar:4:1,2,tidar:plan"]
     arguments += ["--max-new-tokens", "8", "--runs", "2", "--limit", "2", "--out", str(out)]
     arguments += ["--random-weights"] if random_weights else []
+    arguments += ["--engine", engine]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert ("random weights" in result.stdout) == random_weights
@@ -274,6 +369,8 @@ def test_command(tmp_path: Path, random_weights: bool) -> None:
     assert record["prompts"]["count"] == 2
     assert record["prompts"]["distinct_4_of_real_text"] is not None
     assert record["environment"]["packages"]["torch"]
+    assert record["environment"]["git"]
+    assert record["settings"]["engine"] == ("paged" if engine == "paged" else "plain")
     assert set(record["methods"]) == {"ar", "tidar:4:1,2", "tidar:plan"}
     for figures in record["methods"].values():
         for run in figures["runs"]:

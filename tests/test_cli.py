@@ -23,7 +23,9 @@ PROMPT = "Compute 78417 + 5691.\n"
 FIXED = ("--draft-len", 8, "--span-set", "dense", "-n", 24)
 """A schedule that needs no measuring."""
 
-COMMANDS = ("generate", "demo", "train", "train-tokenizer", "inspect", "verify", "bench")
+COMMANDS = (
+    "generate", "demo", "train", "train-tokenizer", "inspect", "verify", "bench", "profile",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tidar.decode.plan import (
     Chain,
     MeasuredPlan,
     candidate_schedules,
+    learned_span_set,
     next_shift,
 )
 from tidar.decode.request import Request, StepEvent
@@ -135,6 +136,33 @@ def test_next_shift_is_what_the_engine_does(spans: tuple[int, ...]) -> None:
     assert next_shift(AUTOREGRESSIVE, 1, 1) == 0
 
 
+def test_learned_span_set_is_as_good_as_the_best_of_its_size() -> None:
+    costs = StepCosts((1, 100), (0.010, 0.012))
+    survival = fading(0.9, 0.9)
+    rates = {}
+    for size in (1, 2, 3):
+        learned = learned_span_set(survival, 8, costs, most=size)
+        assert len(learned) == size
+        assert learned[0] == 1
+        every = [Schedule(8, (1, *more)) for more in combinations(range(2, 9), size - 1)]
+        best = max(Chain(schedule).rate(survival, costs) for schedule in every)
+        rates[size] = Chain(Schedule(8, learned)).rate(survival, costs)
+        assert rates[size] >= 0.99 * best
+    assert rates[1] < rates[2] < rates[3]
+    assert learned_span_set(survival, 8, DEAR) == (1,)  # no span pays
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tries_are_judged_when_their_outcome_is_known(lag: int) -> None:
+    """A text that has become easy is drafted for again, also when events come a step late."""
+    costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))
+    plan = MeasuredPlan(costs, lag=lag)
+    text = Simulated(plan, lag, lag=lag)
+    text.run(fading(0.0, 0.0), 1500)
+    schedules, _ = text.run(fading(0.95, 0.9), 1500)
+    assert drafting(schedules[1000:]) > 0.9
+
+
 def test_acceptance_estimates_converge() -> None:
     truth, rng = fading(0.95, 0.4, 15), random.Random(1)
     acceptance = Acceptance(15, memory=0.999)
@@ -174,8 +202,9 @@ def test_measured_costs_rise_with_the_rows() -> None:
 class Simulated:
     """A text without a model: drafts are accepted by chance, with a given probability by depth."""
 
-    def __init__(self, plan: MeasuredPlan, seed: int = 0) -> None:
-        self.plan, self.rng = plan, random.Random(seed)
+    def __init__(self, plan: MeasuredPlan, seed: int = 0, lag: int = 0) -> None:
+        self.plan, self.rng, self.lag = plan, random.Random(seed), lag
+        self.late: list[StepEvent] = []
         schedule = plan.choose([0])
         plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 0.01, None))
         self.shift, self.length = 0, schedule.draft_len
@@ -189,8 +218,11 @@ class Simulated:
             accepted = accept(self.rng, survival, self.shift, drafted)
             rows = drafted + len(schedule.span_set) * schedule.draft_len
             ids = tuple(range(accepted))
-            event = StepEvent(0, ids, False, drafted, accepted, rows, schedule, 0.01, None)
-            self.plan.observe(event)
+            self.late.append(
+                StepEvent(0, ids, False, drafted, accepted, rows, schedule, 0.01, None)
+            )
+            if len(self.late) > self.lag:
+                self.plan.observe(self.late.pop(0))
             self.shift, self.length = carry_on(schedule, drafted, accepted)
             schedules.append(schedule)
             counts.append(accepted)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 from tidar.sampling import (
+    RowParams,
     SamplingParams,
     choose,
+    choose_rows,
     count_matches,
     gumbel_noise,
     probabilities,
@@ -350,3 +352,32 @@ def test_seeded_draw_never_gives_the_impossible(
         torch.tensor([0.1] * 10 + [0.0], dtype=torch.float64),
     ):
         assert float(probs[draw(probs)]) > 0.0
+
+
+def test_rows_of_different_requests_choose_as_each_would_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    every = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=7),
+        SamplingParams(temperature=0.7, seed=2**62 + 5, top_k=4),
+        SamplingParams(temperature=1.3, seed=7, top_p=0.6),
+        SamplingParams(temperature=0.9, seed=1, top_k=6, top_p=0.8),
+    ]
+    logits = 3 * torch.randn(40 * len(every), 31, generator=generator)
+    logits[:, 4] = -torch.inf
+    logits[:, 9] = logits[:, 8]  # ties
+    rows = [every[i % len(every)] for i in range(len(logits))]
+    positions = torch.arange(len(logits)) * 5 + 2
+    expected = torch.cat(
+        [choose(logits[i : i + 1], p, positions[i : i + 1]) for i, p in enumerate(rows)]
+    )
+    params = RowParams(
+        torch.tensor([p.temperature for p in rows]),
+        torch.tensor([p.seed for p in rows]),
+        torch.tensor([p.top_k for p in rows]),
+        torch.tensor([p.top_p for p in rows]),
+    )
+    assert torch.equal(choose_rows(logits, params, positions), expected)
+    plain = [i for i, p in enumerate(rows) if p.top_k == 0 and p.top_p == 1.0]
+    params = RowParams(params.temperatures[plain], params.seeds[plain])
+    assert torch.equal(choose_rows(logits[plain], params, positions[plain]), expected[plain])

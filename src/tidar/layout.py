@@ -140,6 +140,8 @@ class Tail:
 
     offsets: int64 `[W]`, position of each row minus the prefix length.
     matrix: bool `[W, W]`, which tail row (column) each tail row sees.
+    attributes: int32 `[3, W]`, position (minus the prefix length), span and anchor of each row: what the
+    paged kernel applies the rule to.
     """
 
     num_drafts: int
@@ -147,6 +149,7 @@ class Tail:
     anchors: tuple[int, ...]
     offsets: Tensor
     matrix: Tensor
+    attributes: Tensor
 
     def __len__(self) -> int:
         return self.num_drafts + len(self.anchors) * self.draft_len
@@ -169,7 +172,8 @@ def build_tail(num_drafts: int, anchors: tuple[int, ...], draft_len: int) -> Tai
     """
     assert all(1 <= offset <= num_drafts for offset in anchors), (anchors, num_drafts)
     rows = decode_rows(0, num_drafts, anchors, draft_len)
-    return Tail(num_drafts, draft_len, anchors, rows.position, dense(rows, rows))
+    attributes = torch.stack((rows.position, rows.span, rows.anchor)).int()
+    return Tail(num_drafts, draft_len, anchors, rows.position, dense(rows, rows), attributes)
 
 
 cached_tail = lru_cache(maxsize=1024)(build_tail)

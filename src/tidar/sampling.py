@@ -82,15 +82,19 @@ def process(logits: Tensor, params: SamplingParams) -> Tensor:
     scaled = logits.float() / params.temperature
     if params.top_k == 0 and params.top_p == 1.0:
         return scaled
+    return _filtered(scaled, params.top_k, params.top_p)
+
+
+def _filtered(scaled: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tensor:
+    """`scaled` `[N, V]` with what top-k (0 keeps all) and top-p drop at -inf; numbers, or tensors `[N, 1]`."""
     ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    drop = torch.zeros_like(ordered, dtype=torch.bool)
-    if params.top_k:
-        drop[..., params.top_k :] = True
-    if params.top_p < 1.0:
-        probs = ordered.masked_fill(drop, -torch.inf).softmax(dim=-1)
-        # A token stays while the mass before it is under top_p; the first one always does.
-        drop |= probs.cumsum(dim=-1) - probs >= params.top_p
-    drop[..., 0] = False
+    rank = torch.arange(scaled.shape[-1], device=scaled.device)
+    drop = (rank >= top_k) & (torch.as_tensor(top_k, device=scaled.device) > 0)
+    probs = ordered.masked_fill(drop, -torch.inf).softmax(dim=-1)
+    # A token stays while the mass before it is under top_p; the first one always does.
+    beyond = probs.cumsum(dim=-1) - probs >= top_p
+    drop = drop | (beyond & (torch.as_tensor(top_p, device=scaled.device) < 1.0))
+    drop = drop & (rank > 0)
     return scaled.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
 
 
@@ -112,15 +116,19 @@ def mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
-def gumbel_noise(seed: int, positions: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, float32 `[N, V]`: a fixed function of (seed, position, token id).
 
     Counter-based, so it does not depend on batch, device, order of calls or how a token came to be
-    drafted: that is what lets drafter and verifier share it. positions: int64 `[N]`.
+    drafted: that is what lets drafter and verifier share it. positions: int64 `[N]`; seed: a number, or
+    int64 `[N]`.
     """
     tokens = torch.arange(vocab_size, device=positions.device)
     # Seed and position are mixed separately first, so that neither can be traded for the other.
-    start = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + 1), device=positions.device)
+    if isinstance(seed, Tensor):
+        start = seed * _GOLDEN + 1
+    else:
+        start = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + 1), device=positions.device)
     rows = mix(mix(start) + positions * _MIX_1)
     bits = mix(rows.unsqueeze(-1) + (tokens + 1) * _GOLDEN)
     # u is uniform in [0, 1) with fine steps near 0; the noise is -log(-log(1 - u)), so that its upper
@@ -139,6 +147,33 @@ def choose(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
     noise = gumbel_noise(params.seed, positions, logits.shape[-1])
     return (process(logits, params) + noise).argmax(dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """`SamplingParams` of N rows side by side, tensors `[N]` on the device of the logits.
+
+    temperatures: float32, 0 is greedy. seeds: int64. top_k, top_p: int64 and float32, or None where no
+    row drops any token.
+    """
+
+    temperatures: Tensor
+    seeds: Tensor
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+
+
+def choose_rows(logits: Tensor, params: RowParams, positions: Tensor) -> Tensor:
+    """`choose` for rows of different requests, int64 `[N]`, without a look at any value.
+
+    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
+    """
+    greedy = params.temperatures == 0.0
+    scaled = logits.float() / torch.where(greedy, 1.0, params.temperatures).unsqueeze(-1)
+    if params.top_k is not None and params.top_p is not None:
+        scaled = _filtered(scaled, params.top_k.unsqueeze(-1), params.top_p.unsqueeze(-1))
+    noise = gumbel_noise(params.seeds, positions, logits.shape[-1])
+    return torch.where(greedy, logits.argmax(dim=-1), (scaled + noise).argmax(dim=-1))
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

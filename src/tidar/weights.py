@@ -262,10 +262,20 @@ def _swap(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def init_model(config: ModelConfig, seed: int) -> Transformer:
-    """A model with random float32 weights on the CPU, a function of `config` and `seed` alone."""
-    model = _empty_model(config, "cpu", torch.float32)
-    model.init_weights(torch.Generator().manual_seed(seed))
+def init_model(
+    config: ModelConfig,
+    seed: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """A model with random weights, a function of the arguments alone.
+
+    They are drawn in place, in their own dtype: 8B parameters take seconds on a GPU. Raises TidarError
+    for a device that is not there, or has no room.
+    """
+    model = _empty_model(config, device, dtype)
+    model.init_weights(torch.Generator(device).manual_seed(seed))
     return model
 
 

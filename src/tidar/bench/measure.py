@@ -1,18 +1,24 @@
 """Timed passes over prompts: what each forward cost, and what came out.
 
 The clock of a pass is split into prefill, decode and host (all that is not a forward pass and its
-verdict: scheduling, bookkeeping). The three are measured apart and must add up to the wall clock.
+verdict: scheduling, bookkeeping). The three are measured apart and must add up to the wall clock. The
+paged engine runs prompt rows of some texts beside decode steps of others: such a turn counts as decode,
+and its seconds are told apart as mixed, so that speeds of decoding alone leave them out.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
+from tidar.bench.acceptance import Acceptance
+from tidar.bench.memory import MemoryMeter, cache_bytes
 from tidar.bench.prompts import Prompt
 from tidar.decode.engine import Engine
+from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.decode.spec import MethodSpec
@@ -24,6 +30,23 @@ WARM_UP_TOKENS = 16
 """Tokens of the untimed pass that each method makes before anything is timed."""
 
 
+EngineName = Literal["plain", "paged"]
+AnyEngine = Engine | PagedEngine
+
+
+@dataclass(slots=True)
+class StepClock:
+    """Seconds of one decode step, and what it did: sequences that it ran, tokens that they emitted.
+
+    alone: no prompt rows ran in the same turn.
+    """
+
+    seconds: float
+    alone: bool
+    sequences: int = 0
+    tokens: int = 0
+
+
 @dataclass(slots=True)
 class Timing:
     """Seconds of one pass by bucket. forwards: decode steps of the network, whatever the batch."""
@@ -33,6 +56,17 @@ class Timing:
     host: float = 0.0
     wall: float = 0.0
     forwards: int = 0
+    steps: list[StepClock] = field(default_factory=list)
+
+    @property
+    def mixed(self) -> float:
+        """Seconds of decode in turns that ran prompt rows as well."""
+        return sum(step.seconds for step in self.steps if not step.alone)
+
+    @property
+    def mixed_tokens(self) -> int:
+        """Tokens that decode steps emitted in those turns."""
+        return sum(step.tokens for step in self.steps if not step.alone)
 
     def check(self) -> None:
         """Raises AssertionError where the buckets miss the wall clock by more than 1%."""
@@ -49,6 +83,7 @@ class Timing:
         self.host += other.host
         self.wall += other.wall
         self.forwards += other.forwards
+        self.steps += other.steps
 
 
 @dataclass(slots=True)
@@ -89,7 +124,7 @@ class Pass:
 
 
 def run_pass(
-    engine: Engine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter
+    engine: AnyEngine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter
 ) -> Pass:
     """Decodes the requests to their end, timed."""
     if engine.device.type == "cuda":
@@ -97,9 +132,9 @@ def run_pass(
     timing = Timing()
     began = mark = clock()
     texts = {engine.submit(request): Text() for request in requests}
+    unbegun = set(texts)
     events = engine.run()
-    step: set[int] = set()  # requests that the current decode step has reported
-    seconds = 0.0
+    members: set[int] = set()  # requests that the current decode step has reported
     while True:
         event = next(events, None)
         now = clock()
@@ -111,20 +146,31 @@ def run_pass(
         if event.prefill:
             timing.prefill += event.seconds
             spent -= event.seconds
-            step.clear()
+            unbegun.discard(event.request_id)
+            members.clear()
         else:
-            if not step or event.request_id in step or event.seconds != seconds:
+            known = bool(members) and event.request_id not in members
+            if not known or event.seconds != timing.steps[-1].seconds:
+                timing.steps.append(StepClock(event.seconds, alone=not unbegun))
                 timing.decode += event.seconds
                 timing.forwards += 1
                 spent -= event.seconds
-                step.clear()
-            step.add(event.request_id)
-            seconds = event.seconds
+                members.clear()
+            members.add(event.request_id)
+            timing.steps[-1].sequences += 1
+            timing.steps[-1].tokens += len(event.ids)
         timing.host += spent
         texts[event.request_id].take(event)
     timing.wall = clock() - began
     timing.check()
+    for step in timing.steps:  # where all places decode, the texts that have not begun are waiting
+        step.alone = step.alone or step.sequences == places(engine)
     return Pass(timing, tuple(texts.values()))
+
+
+def places(engine: AnyEngine) -> int:
+    """Sequences that the engine runs at a time."""
+    return engine.max_batch if isinstance(engine, Engine) else engine.runner.max_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +179,8 @@ class Settings:
 
     ignore_eos: decode past end-of-text, so that all texts are equally long. teacher_forced: the
     model is made to write each prompt's real continuation, so that acceptance is measured on real
-    text. draft_lens: values of K that the checkpoint was trained with, for measured plans.
+    text. draft_lens: values of K that the checkpoint was trained with, for measured plans. engine: the
+    plain or the paged one. replay: acceptance that is made up, for the paged engine only.
     """
 
     methods: tuple[MethodSpec, ...]
@@ -145,11 +192,32 @@ class Settings:
     ignore_eos: bool = False
     teacher_forced: bool = False
     draft_lens: tuple[int, ...] = ()
+    engine: EngineName = "plain"
+    replay: Acceptance | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "runs", "batch"):
             if getattr(self, name) < 1:
                 raise TidarError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.engine == "plain" and self.replay is not None:
+            raise TidarError("Only the paged engine can replay an acceptance (--engine paged).")
+        if self.engine == "paged" and self.teacher_forced:
+            raise TidarError("Only the plain engine can be teacher forced (--engine plain).")
+
+
+def pick_engine(
+    name: str, device: torch.device, *, teacher_forced: bool = False, replayed: bool = False
+) -> EngineName:
+    """`auto` is the paged engine on CUDA and where an acceptance is replayed, else the plain one.
+
+    Raises TidarError for a name that is not known.
+    """
+    if name == "auto":
+        paged = replayed or (device.type == "cuda" and not teacher_forced)
+        return "paged" if paged else "plain"
+    if name not in ("plain", "paged"):
+        raise TidarError(f"engine {name!r} is not known: give auto, plain or paged.")
+    return "plain" if name == "plain" else "paged"
 
 
 def make_request(
@@ -178,24 +246,63 @@ Passes = dict[str, list[list[Pass]]]
 """By method, then run: its passes (one per prompt at batch 1, else one over all prompts)."""
 
 
+def make_engine(
+    spec: MethodSpec, model: Transformer, requests: Sequence[Request], settings: Settings
+) -> AnyEngine:
+    """The engine of one method, with room for the longest of the requests in every place.
+
+    The paged one reuses no prefixes: runs repeat their prompts, and all but the first would be free.
+    """
+    batch, lens = min(settings.batch, len(requests)), settings.draft_lens
+    if settings.engine == "plain":
+        return spec.engine(model, max_batch=batch, draft_lens=lens)
+    longest = spec.max_draft_len(lens)
+    limits = EngineLimits(max_running=batch, max_draft_len=longest)
+    wanted = max(len(each.prompt) + each.max_new_tokens for each in requests) + 2 * longest
+    pages = -(-min(wanted, model.config.max_positions) // limits.page_size)
+    room = batch * (pages + 1) * limits.page_size  # one page each: what admission leaves free
+    device = model.embed.weight.device
+    replay = settings.replay.replay(device, settings.seed) if settings.replay else None
+    engine = spec.engine(
+        model, limits=replace(limits, cache_tokens=room), draft_lens=lens, replay=replay
+    )
+    engine.pages.reuse = False
+    return engine
+
+
+def warm_up(
+    engine: AnyEngine, spec: MethodSpec, units: Sequence[Sequence[Request]], batch: int
+) -> None:
+    """Runs what the timed passes will run, untimed; on a GPU every kernel and graph is made here."""
+    if isinstance(engine, Engine):
+        units = units[:1]
+    elif engine.runner.graphs and spec.schedule is not None:
+        for size in range(1, batch + 1):
+            engine.runner.captured(spec.schedule, size)
+    for unit in units:
+        run_pass(engine, [_short(request) for request in unit])
+
+
 def run_bench(
     model: Transformer,
     prompts: Sequence[Prompt],
     settings: Settings,
     eos_ids: frozenset[int],
     on_pass: Callable[[str], None] = lambda label: None,
+    *,
+    meter: MemoryMeter | None = None,
 ) -> Passes:
     """All passes. Methods take turns on each prompt, so that a disturbance hits all alike."""
     requests = [make_request(p, i, settings, eos_ids) for i, p in enumerate(prompts)]
     batch = min(settings.batch, len(prompts))
     units = [requests] if settings.batch > 1 else [[request] for request in requests]
-    engines = {
-        spec.name: spec.engine(model, max_batch=batch, draft_lens=settings.draft_lens)
-        for spec in settings.methods
-    }
-    for name, engine in engines.items():
-        on_pass(f"warming up {name}")
-        run_pass(engine, [_short(request) for request in units[0]])
+    meter = meter or MemoryMeter(model)
+    engines: dict[str, AnyEngine] = {}
+    for spec in settings.methods:
+        on_pass(f"warming up {spec.name}")
+        with meter.watch(spec.name):
+            engine = engines[spec.name] = make_engine(spec, model, requests, settings)
+            warm_up(engine, spec, units, batch)
     passes: Passes = {name: [[] for _ in range(settings.runs)] for name in engines}
     for run in range(settings.runs):
         for engine in engines.values():
@@ -204,8 +311,11 @@ def run_bench(
                 engine.plan = engine.plan.fresh(experienced=False)
         for unit in units:
             for name, engine in engines.items():
-                passes[name][run].append(run_pass(engine, unit))
+                with meter.watch(name):
+                    passes[name][run].append(run_pass(engine, unit))
                 on_pass(name)
+    for name, engine in engines.items():
+        meter.caches[name] = cache_bytes(engine)
     return passes
 
 

@@ -15,11 +15,19 @@ import torch
 from tidar.errors import TidarError
 
 FORMAT_VERSION = 1
-PACKAGES = ("tidar", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("tidar", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+COMMIT_VARIABLE = "TIDAR_COMMIT"
+"""Names the commit of an exported tree, which cannot tell it itself."""
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the tree around `folder`, and whether tracked files changed; None outside one."""
+    """Commit of the tree around `folder`, and whether tracked files changed.
+
+    Outside a git checkout the commit is what the environment variable TIDAR_COMMIT says, and whether
+    files changed is not known (None); without it there is nothing to say: None.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -31,7 +39,32 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
+        named = os.environ.get(COMMIT_VARIABLE)
+        return {"commit": named, "dirty": None, "from": COMMIT_VARIABLE} if named else None
+
+
+def gpu_clocks(device: torch.device) -> dict[str, int | None] | None:
+    """Clocks of the GPU at this moment in MHz, by nvidia-smi; None without a GPU or the tool.
+
+    Ask right after the work: an idle GPU slows down.
+    """
+    if device.type != "cuda":
         return None
+    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem")
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", "-i", which, f"--query-gpu={','.join(fields)}"]
+    try:
+        line = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [int(part) if part.strip().isdecimal() else None for part in line.split(",")]
+    return dict(zip(("sm_mhz", "max_sm_mhz", "memory_mhz"), values, strict=False))
 
 
 def cpu_name() -> str:
@@ -63,6 +96,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "gpu_clocks": gpu_clocks(device),
     }
 
 
@@ -74,7 +109,7 @@ def make_record(
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record. subject: model and prompts; settings: how they were run; results: by method."""
+    """The record. subject: what was measured; settings: how; results: figures under their names."""
     return {
         "format_version": FORMAT_VERSION,
         "command": list(command),
@@ -82,7 +117,7 @@ def make_record(
         "environment": environment(device),
         **subject,
         "settings": settings,
-        "methods": results,
+        **results,
     }
 
 

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from tidar.bench.measure import Pass, Passes, Settings, Text, Timing
+from tidar.bench.memory import MemoryMeter
 from tidar.bench.prompts import Prompt, exact_match
 from tidar.bench.repetition import distinct_ngrams, mean_distinct
 from tidar.decode.compare import first_difference, near_tie_margin
@@ -48,20 +49,57 @@ def _total(passes: Sequence[Pass]) -> Timing:
 
 
 def run_figures(passes: Sequence[Pass]) -> Figures:
-    """One run of one method: seconds by bucket, tokens, speeds."""
+    """One run of one method: seconds by bucket, tokens, speeds; decoding's without mixed turns."""
     timing, texts = _total(passes), _texts(passes)
     tokens, decoded = sum(len(t.ids) for t in texts), sum(t.decoded for t in texts)
     return {
         "prefill_seconds": timing.prefill,
         "decode_seconds": timing.decode,
+        "mixed_seconds": timing.mixed,
         "host_seconds": timing.host,
         "wall_seconds": timing.wall,
         "tokens": tokens,
         "decoded_tokens": decoded,
         "decode_steps": sum(t.steps for t in texts),
         "forwards": timing.forwards,
-        "decode_tokens_per_second": _ratio(decoded, timing.decode),
+        "decode_tokens_per_second": _ratio(
+            decoded - timing.mixed_tokens, timing.decode - timing.mixed
+        ),
         "tokens_per_second": _ratio(tokens, timing.wall),
+    }
+
+
+def step_milliseconds(runs: Sequence[Sequence[Pass]]) -> Figures | None:
+    """Spread of a decode step with nothing beside it, at the most sequences that any step had.
+
+    steps: how many there were. None where prompt rows ran beside all of them.
+    """
+    steps = [s for run in runs for each in run for s in each.timing.steps if s.alone]
+    most = max((step.sequences for step in steps), default=0)
+    values = [1e3 * step.seconds for step in steps if step.sequences == most]
+    found = spread(values)
+    return None if found is None else {**found, "steps": len(values), "sequences": most}
+
+
+def speed_figures(runs: Sequence[Sequence[Pass]]) -> Figures:
+    """One method: counts and speeds over all runs, whatever the texts are."""
+    texts = [text for run in runs for text in _texts(run)]
+    decoded, steps = sum(t.decoded for t in texts), sum(t.steps for t in texts)
+    accepts: Counter[int] = sum((t.accepts for t in texts), Counter())
+    schedules: Counter[str] = sum((t.schedules for t in texts), Counter())
+    each = [run_figures(run) for run in runs]
+    return {
+        "tokens": sum(len(t.ids) for t in texts),
+        "decoded_tokens": decoded,
+        "decode_steps": steps,
+        "tokens_per_forward": _ratio(decoded, steps),
+        "rows_per_step": _ratio(sum(t.rows for t in texts), steps),
+        "accept_histogram": {str(n): accepts[n] for n in sorted(accepts)},
+        "schedules": dict(schedules.most_common()),
+        "step_milliseconds": step_milliseconds(runs),
+        "decode_tokens_per_second": spread(_known(each, "decode_tokens_per_second")),
+        "tokens_per_second": spread(_known(each, "tokens_per_second")),
+        "runs": each,
     }
 
 
@@ -72,23 +110,10 @@ def method_figures(
     *,
     forced: bool = False,
 ) -> Figures:
-    """One method: counts over all runs, texts of the first. A forced text is not judged."""
-    texts = [text for run in runs for text in _texts(run)]
+    """`speed_figures`, and what the texts of the first run are worth. A forced text is not judged."""
     first = _texts(runs[0])
-    decoded, steps = sum(t.decoded for t in texts), sum(t.steps for t in texts)
-    accepts: Counter[int] = sum((t.accepts for t in texts), Counter())
-    schedules: Counter[str] = sum((t.schedules for t in texts), Counter())
-    each = [run_figures(run) for run in runs]
     figures = {
-        "tokens": sum(len(t.ids) for t in texts),
-        "decoded_tokens": decoded,
-        "decode_steps": steps,
-        "tokens_per_forward": _ratio(decoded, steps),
-        "rows_per_step": _ratio(sum(t.rows for t in texts), steps),
-        "accept_histogram": {str(n): accepts[n] for n in sorted(accepts)},
-        "schedules": dict(schedules.most_common()),
-        "decode_tokens_per_second": spread(_known(each, "decode_tokens_per_second")),
-        "tokens_per_second": spread(_known(each, "tokens_per_second")),
+        **speed_figures(runs),
         "distinct_4": mean_distinct([t.ids for t in first]),
         "end_of_text_rate": sum(t.finish == "end-of-text" for t in first) / len(first),
         "same_in_every_run": all(
@@ -96,7 +121,6 @@ def method_figures(
         ),
         "characters_per_forward": None,
         "exact_match": None,
-        "runs": each,
     }
     if tokenizer is not None:
         strings = [tokenizer.decode(text.ids) for text in first]
@@ -234,6 +258,7 @@ def summarise(
     prompts: Sequence[Prompt],
     settings: Settings,
     tokenizer: Tokenizer | None,
+    meter: MemoryMeter | None = None,
 ) -> dict[str, Figures]:
     """Figures of every method, each against AR where AR was measured."""
     base = next((passes[spec.name] for spec in settings.methods if spec.is_ar), None)
@@ -246,6 +271,8 @@ def summarise(
             figures["same_as_ar"] = same_tokens(model, prompts, runs[0], base[0], settings)
         if base is not None and settings.batch == 1:
             figures["speed_up"] = _against_ar(runs, base)
+        if meter is not None:
+            figures["memory"] = meter.figures(spec.name)
         methods[spec.name] = figures
     return methods
 

@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from tidar.cli import bench, demo, generate, inspect, train, verify
+from tidar.cli import bench, demo, generate, inspect, profile, train, verify
 from tidar.errors import TidarError
 
 P = ParamSpec("P")
@@ -58,6 +58,7 @@ for _name, _command in (
     ("inspect", inspect.inspect),
     ("verify", verify.verify),
     ("bench", bench.bench),
+    ("profile", profile.profile),
 ):
     app.command(_name)(_explained(_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

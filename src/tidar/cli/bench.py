@@ -1,12 +1,14 @@
 """`tidar bench`: decoding methods side by side on your prompts."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from tidar.bench.measure import Settings
     from tidar.bench.prompts import PromptFile
     from tidar.model import Transformer
@@ -17,7 +19,26 @@ ModelArg = Annotated[
     str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
 ]
 PromptsArg = Annotated[
-    Path, typer.Option(help="JSON lines: prompt, and optionally id, continuation, answer.")
+    Path | None, typer.Option(help="JSON lines: prompt, and optionally id, continuation, answer.")
+]
+ShapeArg = Annotated[
+    str | None,
+    typer.Option(help="No model: random weights of this shape, a config.json or a known name."),
+]
+ContextArg = Annotated[
+    str | None,
+    typer.Option(help="--shape: prompt tokens, several by commas for a sweep. [default: 1024]"),
+]
+ReplayArg = Annotated[
+    str | None,
+    typer.Option(
+        "--replay-acceptance",
+        help="--shape: made-up acceptance, as the mean accept count of the largest K with all spans, or a "
+        "JSON list of how likely the draft token of depth 1, 2, ... passes.",
+    ),
+]
+EngineArg = Annotated[
+    str, typer.Option(help="plain, paged, or auto: paged on CUDA and for --replay-acceptance.")
 ]
 MethodsArg = Annotated[
     str, typer.Option(help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:plan; by commas.")
@@ -27,7 +48,12 @@ TemperatureArg = Annotated[float, typer.Option(help="0 is greedy.")]
 SeedArg = Annotated[int, typer.Option(help="Of the sampling noise.")]
 RunsArg = Annotated[int, typer.Option(help="Timed runs of each prompt and method.")]
 LimitArg = Annotated[int | None, typer.Option(help="Only the first prompts of the file.")]
-BatchArg = Annotated[int, typer.Option(help="Sequences at a time; per-prompt speeds only at 1.")]
+BatchArg = Annotated[
+    str,
+    typer.Option(
+        help="Sequences at a time; per-prompt speeds only at 1. --shape: several by commas."
+    ),
+]
 IgnoreEosArg = Annotated[bool, typer.Option("--ignore-eos", help="Decode past end-of-text.")]
 TeacherForcedArg = Annotated[
     bool, typer.Option("--teacher-forced", help="Measure on each prompt's real continuation.")
@@ -36,7 +62,9 @@ RandomWeightsArg = Annotated[
     bool,
     typer.Option("--random-weights", help="Use the folder's config only; for step times."),
 ]
-DtypeArg = Annotated[str, typer.Option(help="float32, bfloat16, float16.")]
+DtypeArg = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on CUDA.")
+]
 DeviceArg = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 OutArg = Annotated[Path | None, typer.Option(help="Write the record to this file.")]
@@ -44,17 +72,21 @@ OutArg = Annotated[Path | None, typer.Option(help="Write the record to this file
 
 def bench(
     model: ModelArg = None,
-    prompts: PromptsArg = ...,  # type: ignore[assignment]
+    prompts: PromptsArg = None,
     methods: MethodsArg = "ar,tidar:plan",
     max_new_tokens: MaxNewTokensArg = 256,
     temperature: TemperatureArg = 0.0,
     seed: SeedArg = 0,
     runs: RunsArg = 5,
     limit: LimitArg = None,
-    batch: BatchArg = 1,
+    batch: BatchArg = "1",
     ignore_eos: IgnoreEosArg = False,
     teacher_forced: TeacherForcedArg = False,
+    shape: ShapeArg = None,
+    context: ContextArg = None,
+    replay_acceptance: ReplayArg = None,
     random_weights: RandomWeightsArg = False,
+    engine: EngineArg = "auto",
     dtype: DtypeArg = "float32",
     device: DeviceArg = "cpu",
     as_json: AsJsonArg = False,
@@ -62,8 +94,9 @@ def bench(
 ) -> None:
     """Measure decoding methods side by side.
 
-    Methods take turns on every prompt, after an untimed warm-up. Reported: tokens per forward
-    (T/NFE), speed and its spread, how repetitive the text is, and whether it is AR's own text.
+    Methods take turns on every prompt, after an untimed warm-up. Reported: tokens per forward (T/NFE), speed
+    and its spread, how repetitive the text is, and whether it is AR's own text. With --shape: the speed of the
+    system alone. TIDAR_COMMIT in the environment names the commit of a tree without git in the record.
 
     Examples:
 
@@ -72,41 +105,108 @@ def bench(
         tidar bench DIR --prompts p.jsonl --methods tidar:16:dense --teacher-forced --runs 1
 
         tidar bench DIR --prompts p.jsonl --device cuda --dtype bfloat16 --batch 100 --runs 1
+
+        tidar bench --shape qwen3-8b --random-weights --replay-acceptance 5 --device cuda --dtype auto --batch 1,4
     """
     from tidar.bench.measure import Settings
+    from tidar.cli.bench_shape import bench_shape
     from tidar.decode.spec import parse_methods
 
+    batches = whole_numbers("--batch", batch)
     settings = Settings(
-        methods=parse_methods(methods),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        runs=runs,
-        batch=batch,
-        ignore_eos=ignore_eos,
-        teacher_forced=teacher_forced,
-    )
-    network, tokenizer, subject = load_subject(model, device, dtype, random_weights)
-    settings = replace(settings, draft_lens=tuple(subject["model"]["trained_draft_lens"]))
-    record = measure(network, tokenizer, prompts, limit, settings, subject, dtype)
+        methods=parse_methods(methods), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        runs=runs, batch=batches[0], ignore_eos=ignore_eos, teacher_forced=teacher_forced,
+    )  # fmt: skip
+    place = Place(device, dtype, engine)
+    if shape is not None:
+        refuse(
+            "with --shape", MODEL=model, prompts=prompts, limit=limit, teacher_forced=teacher_forced
+        )
+        record = bench_shape(shape, context, batches, replay_acceptance, settings, place)
+    else:
+        several = len(batches) > 1 and batch
+        refuse(
+            "without --shape", context=context, replay_acceptance=replay_acceptance, batch=several
+        )
+        record = bench_prompts(model, prompts, limit, random_weights, settings, place)
     report(record, as_json, out)
 
 
-def measure(
-    network: "Transformer",
-    tokenizer: "Tokenizer | None",
-    prompts: Path,
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where and how to decode, as the command line says it."""
+
+    device: str
+    dtype: str
+    engine: str = "auto"
+
+    def settle(self) -> "tuple[torch.device, torch.dtype]":
+        """The device and the dtype. Raises TidarError for those that are not known or not there."""
+        from tidar.api import pick_device, pick_dtype
+        from tidar.errors import TidarError
+        from tidar.weights import DTYPES
+
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise TidarError(
+                f"dtype {self.dtype!r} is not supported; allowed: auto, {', '.join(DTYPES)}"
+            )
+        device = pick_device(self.device)
+        if self.dtype == "auto":
+            return device, pick_dtype("auto", device)
+        return device, DTYPES[self.dtype]
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Numbers of 1 or more separated by commas, each once. Raises TidarError for anything else."""
+    from tidar.errors import TidarError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise TidarError(
+            f"{option} {text!r} is not understood: give whole numbers of 1 or more, separated by commas."
+        )
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def refuse(where: str, **options: object) -> None:
+    """Raises TidarError for options that were given where they mean nothing."""
+    from tidar.errors import TidarError
+
+    wrong = [
+        name if name.isupper() else f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if value not in (None, False)
+    ]
+    if wrong:
+        several = " with several values" if wrong == ["--batch"] else ""
+        raise TidarError(f"{' and '.join(wrong)}{several} cannot be used {where}.")
+
+
+def bench_prompts(
+    model: str | None,
+    prompts: Path | None,
     limit: int | None,
+    random_weights: bool,
     settings: "Settings",
-    subject: dict[str, Any],
-    dtype: str,
+    place: Place,
 ) -> dict[str, Any]:
     """The record of a measurement over a prompt file."""
     import sys
 
+    from tidar.bench.measure import pick_engine
     from tidar.bench.prompts import read_prompts
     from tidar.bench.record import make_record
+    from tidar.errors import TidarError
 
+    if prompts is None:
+        raise TidarError("What shall be decoded? Give --prompts FILE, or --shape for speed alone.")
+    network, tokenizer, subject = load_subject(model, place, random_weights)
+    device = network.embed.weight.device
+    settings = replace(
+        settings,
+        draft_lens=tuple(subject["model"]["trained_draft_lens"]),
+        engine=pick_engine(place.engine, device, teacher_forced=settings.teacher_forced),
+    )
     file = read_prompts(prompts, tokenizer, network, limit)
     results = _measure(network, tokenizer, file, settings)
     subject["prompts"] = {
@@ -115,10 +215,10 @@ def measure(
     }  # fmt: skip
     return make_record(
         command=["tidar", *sys.argv[1:]],
-        device=network.embed.weight.device,
+        device=device,
         subject=subject,
-        settings=_settings_json(settings, dtype),
-        results=results,
+        settings=settings_json(settings, network.embed.weight.dtype),
+        results={"methods": results},
     )
 
 
@@ -129,11 +229,16 @@ def report(record: dict[str, Any], as_json: bool, out: Path | None) -> None:
     from rich.console import Console
 
     from tidar.bench.record import write_record
+    from tidar.cli.bench_tables import show_record
 
     if out is not None:
         write_record(out, record)
     if as_json:
         typer.echo(json.dumps(record, indent=1))
+    elif "cells" in record:
+        from tidar.cli.bench_shape import show_sweep
+
+        show_sweep(record, Console())
     else:
         show_record(record, Console())
     if out is not None:
@@ -141,24 +246,22 @@ def report(record: dict[str, Any], as_json: bool, out: Path | None) -> None:
 
 
 def load_subject(
-    source: str | None, device: str, dtype: str, random_weights: bool
+    source: str | None, place: Place, random_weights: bool
 ) -> "tuple[Transformer, Tokenizer | None, dict[str, Any]]":
     """The model, its tokenizer if it has one, and facts about them for the record."""
-    from tidar.api import bundled_folder, pick_device
-    from tidar.errors import TidarError
+    from tidar.api import bundled_folder
+    from tidar.bench.shapes import shape_config
     from tidar.model import num_parameters
     from tidar.tokens import Tokenizer
-    from tidar.weights import DTYPES, load_checkpoint
+    from tidar.weights import init_model, load_checkpoint
 
-    if dtype not in DTYPES:
-        raise TidarError(f"dtype {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
     told = source or "the bundled checkpoint"
-    source, where = source or str(bundled_folder()), pick_device(device)
+    source, (device, dtype) = source or str(bundled_folder()), place.settle()
     if random_weights:
         folder, meta = Path(source), None
-        network = _random_model(folder).to(where, DTYPES[dtype])
+        network = init_model(shape_config(source), seed=0, device=device, dtype=dtype).eval()
     else:
-        checkpoint = load_checkpoint(source, device=where, dtype=DTYPES[dtype])
+        checkpoint = load_checkpoint(source, device=device, dtype=dtype)
         network, folder, meta = checkpoint.model, checkpoint.folder, checkpoint.meta
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     facts = {
@@ -168,16 +271,6 @@ def load_subject(
         "trained_draft_lens": list(meta.draft_lens) if meta else [],
     }
     return network, Tokenizer.load(folder) if has_tokenizer else None, {"model": facts}
-
-
-def _random_model(folder: Path) -> "Transformer":
-    """The shape of a checkpoint with random weights; the last vocabulary row is the mask token."""
-    from tidar.hf_config import config_from_hf, read_json
-    from tidar.weights import init_model
-
-    raw = read_json(folder / "config.json")
-    network = init_model(config_from_hf(raw, mask_token_id=int(raw["vocab_size"]) - 1), seed=0)
-    return network.eval()
 
 
 def _measure(
@@ -191,9 +284,11 @@ def _measure(
     from rich.progress import Progress
 
     from tidar.bench.measure import count_passes, run_bench
+    from tidar.bench.memory import MemoryMeter
     from tidar.bench.summary import summarise
 
     eos_ids = tokenizer.eos_ids if tokenizer else frozenset()
+    meter = MemoryMeter(network)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=count_passes(settings, len(file.prompts)))
         passes = run_bench(
@@ -202,8 +297,9 @@ def _measure(
             settings,
             eos_ids,
             lambda label: progress.update(task, advance=1, description=label),
+            meter=meter,
         )
-    return summarise(network, passes, file.prompts, settings, tokenizer)
+    return summarise(network, passes, file.prompts, settings, tokenizer, meter)
 
 
 def _real_distinct(file: "PromptFile", settings: "Settings") -> float | None:
@@ -212,9 +308,11 @@ def _real_distinct(file: "PromptFile", settings: "Settings") -> float | None:
     return mean_distinct([p.real[: settings.max_new_tokens] for p in file.prompts if p.real])
 
 
-def _settings_json(settings: "Settings", dtype: str) -> dict[str, Any]:
+def settings_json(settings: "Settings", dtype: "torch.dtype") -> dict[str, Any]:
+    """How it was measured, for the record."""
     from tidar.bench.measure import WARM_UP_TOKENS
 
+    which = "every prompt" if settings.engine == "paged" else "the first prompts"
     return {
         "methods": [spec.name for spec in settings.methods],
         "max_new_tokens": settings.max_new_tokens,
@@ -224,116 +322,8 @@ def _settings_json(settings: "Settings", dtype: str) -> dict[str, Any]:
         "batch": settings.batch,
         "ignore_eos": settings.ignore_eos,
         "teacher_forced": settings.teacher_forced,
-        "dtype": dtype,
-        "warm_up": f"one untimed pass per method, {WARM_UP_TOKENS} tokens",
+        "engine": settings.engine,
+        "dtype": str(dtype).removeprefix("torch."),
+        "warm_up": f"one untimed pass per method over {which}, {WARM_UP_TOKENS} tokens",
         "order": "methods take turns within each run of each prompt",
     }
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _range(values: dict[str, float] | None, digits: int | None = None, unit: str = "") -> str:
-    """Median, and least to most in brackets."""
-    if values is None:
-        return "-"
-    if digits is None:
-        digits = 0 if values["median"] >= 100 else 2
-    low, middle, high = (f"{values[key]:.{digits}f}" for key in ("min", "median", "max"))
-    if low == high:
-        return f"{middle}{unit}"
-    return f"{middle}{unit} ({low}-{high})"
-
-
-def _same(figures: dict[str, Any]) -> str:
-    same = figures.get("same_as_ar")
-    if same is None:
-        return "-"
-    counts = f" ({same['differ']} differ, {same['excused']} excused)" if same["differ"] else ""
-    return ("yes" if same["same"] else "NO") + counts
-
-
-def show_record(record: dict[str, Any], console: Any) -> None:
-    """The record as a table and the lines that go with it."""
-    from rich.table import Table
-
-    model, settings, where = record["model"], record["settings"], record["environment"]
-    label = "[bold red]random weights[/] · " if model["random_weights"] else ""
-    forced = ", teacher forced" if settings["teacher_forced"] else ""
-    console.print(
-        f"{label}{model['source']} · {model['parameters']:,} parameters · {settings['dtype']} · "
-        f"{where['gpu'] or where['cpu']}, {where['torch_threads']} threads\n"
-        f"{record['prompts']['count']} prompts, up to {settings['max_new_tokens']} tokens{forced}, "
-        f"temperature {settings['temperature']:g}, batch {settings['batch']}, "
-        f"{settings['runs']} runs taking turns; warm-up: {settings['warm_up']}"
-    )
-    table = Table("", *record["methods"])
-    columns = [method_column(figures) for figures in record["methods"].values()]
-    for label in columns[0]:
-        cells = [column[label] for column in columns]
-        if any(cell != "-" for cell in cells):
-            table.add_row(label, *cells)
-    console.print(table)
-    console.print(
-        "T/NFE: tokens of decode steps per step, prefill in neither. Ranges: median (least-most), "
-        'of tok/s over runs, of x AR over prompts; "all": prefill and host included.',
-        style="dim",
-    )
-    real = record["prompts"]["distinct_4_of_real_text"]
-    if real is not None:
-        console.print(f"distinct-4 of the prompts' real continuations: {real:.2f}")
-    for line in _spread_lines(record["methods"]):
-        console.print(line)
-
-
-def method_column(figures: dict[str, Any]) -> dict[str, str]:
-    """What the table shows of one method; ranges are median (least-most) over runs or prompts."""
-    gain = figures.get("speed_up") or {}
-    exact = figures["exact_match"]
-    return {
-        "tokens / steps": f"{figures['tokens']} / {figures['decode_steps']}",
-        "T/NFE": _number(figures["tokens_per_forward"]),
-        "chars/forward": _number(figures["characters_per_forward"]),
-        "rows/step": _number(figures["rows_per_step"], 1),
-        "accepts/step": _histogram(figures["accept_histogram"]),
-        "decode tok/s": _range(figures["decode_tokens_per_second"]),
-        "all tok/s": _range(figures["tokens_per_second"]),
-        "x AR decode": _range(gain.get("decode")),
-        "x AR all": _range(gain.get("end_to_end")),
-        "same as AR": _same(figures),
-        "distinct-4": _number(figures["distinct_4"]),
-        "end of text": f"{figures['end_of_text_rate']:.0%}",
-        "exact match": "-" if exact is None else f"{exact:.1%}",
-    }
-
-
-def _histogram(accepts: dict[str, int], limit: int = 5) -> str:
-    """Shares of accept counts, the most frequent first."""
-    total = sum(accepts.values())
-    ranked = sorted(accepts.items(), key=lambda item: -item[1])
-    shown = sorted(ranked[:limit], key=lambda item: int(item[0]))
-    return " ".join(f"{n}:{count / total:.0%}" for n, count in shown) + " …" * (len(ranked) > limit)
-
-
-def _spread_lines(methods: dict[str, Any]) -> list[str]:
-    """AR against itself, and for each method whether any prompt got slower."""
-    lines = []
-    for name, figures in methods.items():
-        gain = figures.get("speed_up") or {}
-        if gain.get("end_to_end_self"):
-            own = gain["end_to_end_self"]
-            lines.append(
-                f"{name} against itself, end to end: {_range(own['ratio'], 3, 'x')}, "
-                f"spread {own['spread']:.3f}"
-            )
-        line = gain.get("acceptance")
-        if line and line["met"] is None:
-            lines.append(f"{name}: no prompt below 0.95x AR: not judged, {line['reason']}")
-        elif line:
-            verdict = "yes" if line["met"] else "NO"
-            lines.append(
-                f"{name}: no prompt below 0.95x AR, its spread of {line['ar_spread']:.3f} "
-                f"taken off ({line['bar']:.3f}x): {verdict}, the slowest is {line['slowest']:.2f}x"
-            )
-    return lines

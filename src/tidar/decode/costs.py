@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ class StepCosts:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    def at(self, request_ids: Collection[int]) -> "StepCosts":
+        """These costs, whatever runs; see `CostSource`."""
+        return self
+
     def ratio(self, rows: int) -> float:
         """Seconds of a step with so many rows, in AR steps."""
         one, many = self((1, rows))
@@ -41,6 +46,14 @@ class StepCosts:
             slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
             values = values + np.maximum(wanted - self.rows[-1], 0) * max(slope, 0.0)
         return values
+
+
+class CostSource(Protocol):
+    """Where a plan gets its costs from: they may depend on who runs, and how long the texts are by now."""
+
+    def at(self, request_ids: Collection[int]) -> StepCosts:
+        """What steps cost while these requests run; rows are those of one sequence."""
+        ...
 
 
 def step_rows(schedule: Schedule, drafts: int) -> int:

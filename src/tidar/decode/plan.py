@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from tidar.decode.costs import Floats, StepCosts, measure_costs, step_rows
+from tidar.decode.costs import CostSource, Floats, StepCosts, measure_costs, step_rows
 from tidar.decode.request import StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, nearest_anchor, spans_for
 from tidar.methods import Method
@@ -119,6 +119,29 @@ class Family:
         seconds = costs(self.rows).reshape(state.shape)
         tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
         return tokens / (state * seconds).sum(axis=1)
+
+
+def learned_span_set(
+    survival: Floats, draft_len: int, costs: StepCosts, *, most: int = 6
+) -> tuple[int, ...]:
+    """The span set of at most `most` anchors with the most tokens per second, found greedily from {1}.
+
+    survival: acceptance by depth, as for `Family.rates`.
+    """
+    kept: tuple[int, ...] = (1,)
+    best = Chain(Schedule(draft_len, (1,))).rate(survival, costs)
+    while len(kept) < min(most, draft_len):
+        wider = [
+            tuple(sorted((*kept, anchor)))
+            for anchor in range(2, draft_len + 1)
+            if anchor not in kept
+        ]
+        family = Family(tuple(Chain(Schedule(draft_len, anchors)) for anchors in wider))
+        rates = family.rates(survival, costs)
+        if rates.max() <= best:
+            break
+        kept, best = wider[int(rates.argmax())], float(rates.max())
+    return kept
 
 
 @lru_cache(maxsize=16)
@@ -226,19 +249,24 @@ class MeasuredPlan:
     One plan paces one engine; `fresh` makes another for the same model and machine. costs: from
     `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much better than
     AR, or than the schedule in use, another one must look before it is taken. replan: steps between two
-    decisions.
+    decisions. lag: steps whose outcome is not known yet when a step is planned. learn: steps between
+    two looks for a span set that suits what was seen; 0 keeps to the candidates.
     """
 
     def __init__(
         self,
-        costs: StepCosts,
+        costs: CostSource,
         *,
         draft_lens: Sequence[int] = (4, 8, 16),
         margin: float = 0.06,
         replan: int = 8,
         experience: Experience | None = None,
+        lag: int = 0,
+        learn: int = 0,
     ) -> None:
         self.costs = costs
+        self.lag, self.learn = lag, learn
+        self.learned: Family | None = None
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
         self.families = _families(self.draft_lens)
@@ -250,7 +278,7 @@ class MeasuredPlan:
         self.tried = Schedule(min(draft_lens), (1,))
         self.age = 0  # steps since the schedule was last taken up
         self.trying = 0  # steps left of a try
-        self.judging = False  # whether a try has just ended
+        self.judging = 0  # steps until the outcome of a try is known
         self.hopeful = False  # whether the last verified draft had an accepted token
 
     @classmethod
@@ -273,6 +301,8 @@ class MeasuredPlan:
             margin=self.margin,
             replan=self.replan,
             experience=self.experience if experienced else None,
+            lag=self.lag,
+            learn=self.learn,
         )
 
     def choose(self, request_ids: Sequence[int]) -> Schedule:
@@ -283,14 +313,17 @@ class MeasuredPlan:
         for request_id in joined:
             self.tracks[request_id] = _Track(Acceptance(self.depth))
         if joined:
+            self.tracks = {i: track for i, track in self.tracks.items() if i in active}
             self._take(self._best())
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
         self.experience.steps += 1
         self.age += 1
-        if self.judging:  # the verifying step of a try has been observed
-            self.judging = False
-            if self.hopeful:
+        if self.learn and self.experience.steps % self.learn == 0:
+            self._learn()
+        if self.judging:
+            self.judging -= 1
+            if not self.judging and self.hopeful:
                 self._take(self._best())
         elif self.schedule.drafts and not self.affordable:
             self._take(AUTOREGRESSIVE)
@@ -305,18 +338,21 @@ class MeasuredPlan:
             return self.schedule
         self.experience.tries += 1
         self.trying -= 1
-        self.judging = not self.trying
+        if not self.trying:
+            self.judging = 1 + self.lag
         return self.tried
 
     def observe(self, event: StepEvent) -> None:
         """See `Plan`."""
-        track = self.tracks[event.request_id]
+        track = self.tracks.get(event.request_id)
+        if track is None:
+            return  # preempted meanwhile
         if event.prefill:
             track.shift = 0
         else:
             track.tokens += event.accepted
             if event.schedule.drafts:
-                track.lost += self.costs.ratio(event.rows) - event.accepted
+                track.lost += self.costs.at(self.active).ratio(event.rows) - event.accepted
             if event.drafted > 1:
                 self.hopeful = event.accepted > 1
                 for acceptance in (track.acceptance, self.experience.acceptance):
@@ -341,20 +377,28 @@ class MeasuredPlan:
     def _best(self) -> Schedule:
         if not self.affordable:
             return AUTOREGRESSIVE
-        survival = self.survival()
+        survival, costs = self.survival(), self.costs.at(self.active)
+        families = (*self.families, self.learned) if self.learned else self.families
         rates = {
             chain.schedule: rate
-            for family in self.families
+            for family in families
             for chain, rate in zip(
-                family.chains, family.rates(survival, self.costs).tolist(), strict=True
+                family.chains, family.rates(survival, costs).tolist(), strict=True
             )
         }
         best = max(rates, key=lambda schedule: rates[schedule])
         bar = rates[AUTOREGRESSIVE] * (1 + self.margin)
         if rates[best] < bar:
             return AUTOREGRESSIVE
-        kept = rates[self.schedule]
+        kept = rates.get(self.schedule, 0.0)  # a learned set may be out of use by now
         return self.schedule if kept >= bar and rates[best] < kept * (1 + self.margin) else best
+
+    def _learn(self) -> None:
+        """Looks for the span set of the longest drafts that suits what all texts have shown."""
+        survival = self.experience.acceptance.smoothed(start=0.7, weight=2.0)
+        draft_len = max(self.draft_lens)
+        anchors = learned_span_set(survival, draft_len, self.costs.at(self.active))
+        self.learned = Family((Chain(Schedule(draft_len, anchors)),))
 
     def _take(self, schedule: Schedule) -> None:
         """Goes over to a schedule, or stays with it."""

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from tidar.decode.engine import Engine, FixedPlan, Plan
+from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
+from tidar.decode.slots import Replay
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.methods.tidar import Tidar
@@ -40,19 +43,59 @@ class MethodSpec:
         lens = tuple(draft_lens) or UNTRAINED
         return MeasuredPlan.measure(model, method, batch=batch, draft_lens=lens)
 
+    def max_draft_len(self, draft_lens: Sequence[int] = ()) -> int:
+        """The largest K that this method may ask for; draft_lens as for `plan`."""
+        if self.schedule is not None:
+            return self.schedule.draft_len
+        return max(tuple(draft_lens) or UNTRAINED)
+
+    @overload
     def engine(
         self, model: Transformer, *, max_batch: int = 1, draft_lens: Sequence[int] = ()
-    ) -> Engine:
-        """An engine that decodes this way. Raises TidarError for a model without a mask token."""
+    ) -> Engine: ...
+
+    @overload
+    def engine(
+        self,
+        model: Transformer,
+        *,
+        limits: EngineLimits,
+        draft_lens: Sequence[int] = (),
+        replay: Replay | None = None,
+    ) -> PagedEngine: ...
+
+    def engine(
+        self,
+        model: Transformer,
+        *,
+        max_batch: int = 1,
+        draft_lens: Sequence[int] = (),
+        limits: EngineLimits | None = None,
+        replay: Replay | None = None,
+    ) -> Engine | PagedEngine:
+        """An engine that decodes this way: the plain one, or with `limits` the paged one.
+
+        replay: acceptance that is made up, on the model's device. Raises TidarError for a model without
+        a mask token, and for limits below this method's K.
+        """
         mask = model.config.mask_token_id
         if mask is None and not self.is_ar:
             raise TidarError(
                 f"Method {self.name} drafts with mask rows, and this checkpoint has no mask token "
                 '(no "tidar" entry in config.json). Convert it with `tidar train`, or use ar.'
             )
+        longest = self.max_draft_len(draft_lens)
+        if limits is not None and longest > limits.max_draft_len:
+            raise TidarError(
+                f"Method {self.name} drafts K = {longest} tokens, and the engine's max_draft_len is "
+                f"{limits.max_draft_len}; raise it."
+            )
         method = Tidar(0 if mask is None else mask)  # AR has no mask rows: the id is never read
-        plan = self.plan(model, method, batch=max_batch, draft_lens=draft_lens)
-        return Engine(model, method, plan, max_batch=max_batch)
+        batch = max_batch if limits is None else limits.max_running
+        plan = self.plan(model, method, batch=batch, draft_lens=draft_lens)
+        if limits is None:
+            return Engine(model, method, plan, max_batch=max_batch)
+        return PagedEngine(model, plan, limits, replay=replay)
 
 
 def parse_method(text: str) -> MethodSpec:

@@ -1,0 +1,85 @@
+"""Runs decode steps for any batch and schedule: directly, or as captured CUDA graphs.
+
+A graph is captured for each batch size (a power of two; empty places are nobody's slot), schedule and
+sampling filter when it is first asked for. Replaying it is one launch, and nothing in it asks the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidar.decode.slots import NOBODY, Stepper, StepShape
+from tidar.layout import Schedule
+
+Key = tuple[int, Schedule, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    chosen: Tensor
+    results: Tensor
+
+
+class Runner:
+    """Mutable: the steps that were made so far. stepper: of any schedule; its shape is replaced."""
+
+    def __init__(self, stepper: Stepper, max_batch: int, *, graphs: bool) -> None:
+        self.stepper, self.max_batch, self.graphs = stepper, max_batch, graphs
+        self._steps: dict[tuple[Schedule, bool], Stepper] = {}
+        self._captured: dict[Key, _Captured] = {}
+        self._pool: Any = None  # the handle of a graph memory pool
+
+    def __call__(self, schedule: Schedule, slots: Sequence[int], *, filtered: bool) -> Tensor:
+        """Runs a step; its results `[B, 2 + K]` (see `Stepper`) are on the host once the stream is done."""
+        step = self._step(schedule, filtered)
+        device = self.stepper.slots.prefix.device
+        if not self.graphs:
+            return step(torch.tensor(slots, device=device)).cpu()
+        captured = self.captured(schedule, len(slots), filtered=filtered)
+        padded = [*slots, *[NOBODY] * (len(captured.chosen) - len(slots))]
+        chosen = torch.tensor(padded, pin_memory=True)
+        captured.chosen.copy_(chosen, non_blocking=True)
+        captured.graph.replay()
+        return self.to_host(captured.results)
+
+    def to_host(self, values: Tensor) -> Tensor:
+        """A copy on the host, complete once the stream is done."""
+        if values.device.type != "cuda":
+            return values
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
+
+    def captured(self, schedule: Schedule, batch: int, *, filtered: bool = False) -> _Captured:
+        """The graph that serves this batch, captured now if it is new."""
+        size = min(1 << (batch - 1).bit_length(), max(self.max_batch, batch))
+        key = (size, schedule, filtered)
+        if key not in self._captured:
+            self._captured[key] = self._capture(self._step(schedule, filtered), size)
+        return self._captured[key]
+
+    def _step(self, schedule: Schedule, filtered: bool) -> Stepper:
+        key = (schedule, filtered)
+        if key not in self._steps:
+            shape = StepShape(schedule, self.stepper.slots.prefix.device)
+            self._steps[key] = replace(self.stepper, shape=shape, filtered=filtered)
+        return self._steps[key]
+
+    @torch.inference_mode()
+    def _capture(self, step: Stepper, size: int) -> _Captured:
+        """Nobody's slot serves for the runs that compile kernels: what they write is never read."""
+        chosen = torch.full((size,), NOBODY, dtype=torch.int64, device=step.slots.prefix.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step(chosen)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = step(chosen)
+        self._pool = graph.pool()
+        return _Captured(graph, chosen, results)

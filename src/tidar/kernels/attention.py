@@ -1,0 +1,436 @@
+"""Paged attention of a decode step: the tail rows of each sequence over its prefix and over each other.
+
+The query heads that share a key head are packed into one tile with the rows ("lanes", row-major), so
+keys and values are read once per key head and tile of lanes. A sequence's keys are a row of tiles: its
+prefix, page by page, then the tail; `splits` programs share that row evenly, in shares found from the
+prefix length on the device, so that one captured CUDA graph serves every context length. The program
+that arrives last adds the parts up in split order, so the sum does not depend on who that is.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+# (triton has no types; its kernels are annotated for the reader)
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
+
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _offsets(
+    table: tl.tensor,
+    start: tl.tensor,
+    length: tl.tensor,
+    page_stride: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE_N: tl.constexpr,
+) -> tl.tensor:
+    """Where in the pages the TILE_N positions from `start` are; page 0 for those past `length`."""
+    if TILE_N <= PAGE_SIZE:
+        page = tl.load(table + start // PAGE_SIZE, mask=start < length, other=0)
+        slots = start % PAGE_SIZE + tl.arange(0, TILE_N)
+    else:
+        positions = start + tl.arange(0, TILE_N)
+        page = tl.load(table + positions // PAGE_SIZE, mask=positions < length, other=0)
+        slots = positions % PAGE_SIZE
+    return page.to(tl.int64) * page_stride + slots * HEAD_DIM
+
+
+@triton.jit
+def _load(
+    at: tl.tensor,
+    seen: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> tl.tensor:
+    """Vectors `[N, TILE_D]` at the pointers `at` `[N]`, zeros where not `seen` (None: all are)."""
+    dims = tl.arange(0, TILE_D)[None, :]
+    if seen is None:
+        if HEAD_DIM == TILE_D:
+            vectors = tl.load(at[:, None] + dims)
+        else:
+            mask = dims < HEAD_DIM
+            vectors = tl.load(at[:, None] + dims, mask=mask, other=0.0)
+    else:
+        if HEAD_DIM == TILE_D:
+            vectors = tl.load(at[:, None] + dims, mask=seen[:, None], other=0.0)
+        else:
+            mask = seen[:, None] & (dims < HEAD_DIM)
+            vectors = tl.load(at[:, None] + dims, mask=mask, other=0.0)
+    return vectors
+
+
+@triton.jit
+def _store(
+    at: tl.tensor,
+    vectors: tl.tensor,
+    real: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> None:
+    """Vectors `[M, TILE_D]` to the pointers `at` `[M]`, those that are `real`."""
+    dims = tl.arange(0, TILE_D)[None, :]
+    if HEAD_DIM == TILE_D:
+        tl.store(at[:, None] + dims, vectors.to(at.dtype.element_ty), mask=real[:, None])
+    else:
+        mask = real[:, None] & (dims < HEAD_DIM)
+        tl.store(at[:, None] + dims, vectors.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fold(
+    scores: tl.tensor,
+    values: tl.tensor,
+    scale: tl.tensor,
+    result: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+) -> tl.tensor:
+    """One step of the online softmax over raw scores [TILE_M, TILE_N], -inf where invisible."""
+    # `peak` starts finite, so a row that has seen nothing yet gives exp2(-inf) = 0 and never NaN.
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    result = result * decay[:, None]
+    result = tl.dot(weights.to(values.dtype), values, result, input_precision="ieee")
+    return result, new_peak, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def _combine(
+    partials: tl.tensor,
+    stats: tl.tensor,
+    first: tl.tensor,
+    active: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> tl.tensor:
+    """The sum of the `active` parts that start at part `first`, in their order."""
+    # Parts come from other multiprocessors: read them from L2, not from a stale L1.
+    lanes = tl.arange(0, TILE_M)
+    parts = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
+    stat = stats + ((first + parts) * 2) * TILE_M + lanes[None, :]
+    peaks = tl.load(stat, mask=parts < active, other=-1e30, cache_modifier=".cg")
+    totals = tl.load(stat + TILE_M, mask=parts < active, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 0)
+    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
+    result = tl.zeros([TILE_M, TILE_D], tl.float32)
+    dims = tl.arange(0, TILE_D)[None, :]
+    cells = lanes[:, None] * HEAD_DIM + dims
+    for part in tl.range(0, active, loop_unroll_factor=64 // TILE_M):
+        at = partials + (first + part).to(tl.int64) * (TILE_M * HEAD_DIM) + cells
+        vectors = tl.load(at, mask=dims < HEAD_DIM, other=0.0, cache_modifier=".cg")
+        own = tl.load(stats + (first + part) * (2 * TILE_M) + lanes, cache_modifier=".cg")
+        result += vectors * tl.exp2(own - peak)[:, None]
+    return result / total[:, None]
+
+
+@triton.jit
+def _merge(
+    result: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    out_at: tl.tensor,
+    real: tl.tensor,
+    partials: tl.tensor,
+    stats: tl.tensor,
+    counters: tl.tensor,
+    program: tl.tensor,
+    split: tl.tensor,
+    active: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> None:
+    """Leaves a split's part for the others; who finds all of theirs there adds them up."""
+    part = program * SPLITS + split
+    lane = tl.arange(0, TILE_M)
+    cell = partials + part.to(tl.int64) * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
+    _store(cell, result, lane < TILE_M, HEAD_DIM, TILE_D)
+    tl.store(stats + part * (2 * TILE_M) + lane, peak)
+    tl.store(stats + part * (2 * TILE_M) + TILE_M + lane, total)
+    # All threads' stores come before the release of the one thread that counts.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + program, 1, sem="acq_rel") == active - 1:
+        tl.store(counters + program, 0)  # for the next launch, graph replays included
+        result = _combine(
+            partials, stats, program * SPLITS, active, HEAD_DIM, SPLITS, TILE_M, TILE_D
+        )
+        _store(out_at, result, real, HEAD_DIM, TILE_D)
+
+
+@triton.jit(do_not_specialize=["rows", "table_batch", "tail_batch"])
+def _paged_attention_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    key_pages: tl.tensor,
+    value_pages: tl.tensor,
+    page_table: tl.tensor,
+    prefix_lens: tl.tensor,
+    tail: tl.tensor,
+    out: tl.tensor,
+    partials: tl.tensor,
+    stats: tl.tensor,
+    counters: tl.tensor,
+    rows: tl.tensor,
+    scale: tl.tensor,
+    q_batch: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k_batch: tl.tensor,
+    k_row: tl.tensor,
+    k_head: tl.tensor,
+    v_batch: tl.tensor,
+    v_row: tl.tensor,
+    v_head: tl.tensor,
+    pages_page: tl.tensor,
+    pages_head: tl.tensor,
+    out_batch: tl.tensor,
+    out_row: tl.tensor,
+    table_batch: tl.tensor,
+    tail_batch: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Grid: (B * KV_HEADS * tiles of lanes, SPLITS). Strides are in elements, named tensor_dimension."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    program, split = tl.program_id(0), tl.program_id(1)
+    lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
+    batch = program // (KV_HEADS * lane_tiles)
+    head = program // lane_tiles % KV_HEADS
+    length = tl.load(prefix_lens + batch)
+
+    # All keys of the sequence as one row of tiles: whole ones of the prefix, a broken one, the tail's.
+    whole_tiles = length // TILE_N
+    prefix_tiles = tl.cdiv(length, TILE_N)
+    all_tiles = prefix_tiles + tl.cdiv(rows, TILE_N)
+    share = tl.maximum(tl.cdiv(all_tiles, SPLITS), MIN_SHARE)
+    active = tl.cdiv(all_tiles, share)
+    if split >= active:
+        return
+    first = split * share
+    last = tl.minimum(first + share, all_tiles)
+
+    lanes = (program % lane_tiles) * TILE_M + tl.arange(0, TILE_M)
+    row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
+    real = row < rows
+    queries = _load(q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    key_pages += head * pages_head
+    value_pages += head * pages_head
+    table = page_table + batch * table_batch
+    tail += batch * tail_batch
+    within = tl.arange(0, TILE_N)
+
+    result = tl.zeros([TILE_M, TILE_D], tl.float32)
+    peak = tl.full([TILE_M], -1e30, tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    for tile in tl.range(first, tl.minimum(last, whole_tiles)):
+        offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+        keys = _load(key_pages + offsets, None, HEAD_DIM, TILE_D)
+        values = _load(value_pages + offsets, None, HEAD_DIM, TILE_D)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        result, peak, total = _fold(scores, values, scale, result, peak, total)
+
+    if (whole_tiles < prefix_tiles) & (first <= whole_tiles) & (whole_tiles < last):
+        start = whole_tiles * TILE_N
+        offsets = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+        seen = start + within < length
+        # Slots behind the prefix may hold NaN. A score there is replaced, a value must load as 0.
+        keys = _load(key_pages + offsets, seen, HEAD_DIM, TILE_D)
+        values = _load(value_pages + offsets, seen, HEAD_DIM, TILE_D)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        result, peak, total = _fold(scores, values, scale, result, peak, total)
+
+    # The tail by the visibility rule (`tidar.layout.visible`), from what each row is: a matrix of
+    # rows x rows would have to be loaded element by element. Lanes of no row see what is clean.
+    own_span = tl.load(tail + rows + row, mask=real, other=-1)
+    own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
+    for tile in tl.range(tl.maximum(first, prefix_tiles), last):
+        place = (tile - prefix_tiles) * TILE_N + within
+        seen = place < rows
+        position = tl.load(tail + place, mask=seen, other=2147483647)
+        span = tl.load(tail + rows + place, mask=seen, other=-2)
+        keys = _load(k + place * k_row, seen, HEAD_DIM, TILE_D)
+        values = _load(v + place * v_row, seen, HEAD_DIM, TILE_D)
+        clean = position[None, :] < own_anchor[:, None]
+        visible = tl.where((span == -1)[None, :], clean, span[None, :] == own_span[:, None])
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        scores = tl.where(visible, scores, float("-inf"))
+        result, peak, total = _fold(scores, values, scale, result, peak, total)
+
+    out_at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
+    if SPLITS == 1 or active == 1:
+        _store(out_at, result / total[:, None], real, HEAD_DIM, TILE_D)
+    else:
+        _merge(
+            result, peak, total, out_at, real, partials, stats, counters, program, split, active,
+            HEAD_DIM, SPLITS, TILE_M, TILE_D,
+        )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tail: Tensor,
+    *,
+    splits: int,
+    workspace: AttentionWorkspace | None,
+    out: Tensor | None = None,
+    config: LaunchConfig | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Attention of W tail rows per sequence over its paged prefix and over each other; deterministic.
+
+    Neither waits for the device nor allocates (but `out` where it is None): a captured CUDA graph
+    serves every prefix length that `page_table` has room for. No dimension may be strided but where
+    said; all floats are float32, float16 or bfloat16 alike.
+
+    Args:
+        q: `[B, W, num_heads, head_dim]`, rotary embedding applied. Only its last dimension need be
+            contiguous, and so for k, v, out: views of one merged buffer are fine.
+        k, v: `[B, W, num_kv_heads, head_dim]`, keys and values of the same rows.
+        key_pages, value_pages: `[num_pages, num_kv_heads, page_size, head_dim]` of equal strides,
+            page_size a power of two; what is one head's of a page lies in one piece.
+        page_table: int32 `[B, max_pages]`; entries behind a sequence's last page are not read.
+        prefix_lens: int32 `[B]`, committed tokens; what the slots behind them hold has no effect.
+        tail: int32 `[3, W]` or `[B, 3, W]`: position (minus the prefix length), span and anchor of each
+            tail row, as in `tidar.layout.Rows`. Every row sees the whole prefix.
+        splits: programs that share the keys of a tile of lanes; fewer where `min_share` says so.
+        workspace: of `attention_workspace` for these sizes or larger; None where splits is 1.
+        out: `[B, W, num_heads * head_dim]`, returned; made where it is None.
+        config: instead of `launch_config`'s choice.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    batch, rows, num_heads, head_dim = q.shape
+    group = num_heads // key_pages.shape[1]
+    if out is None:
+        out = q.new_empty(batch, rows, num_heads * head_dim)
+    _check(q, k, v, key_pages, value_pages, page_table, prefix_lens, tail, out)
+    config = config or launch_config(rows, group, head_dim, q.element_size())
+    tensors = (
+        q,
+        k,
+        v,
+        key_pages,
+        value_pages,
+        page_table,
+        prefix_lens,
+        tail,
+        out,
+    )
+    _launch(tensors, splits, workspace, config, pdl)
+    return out
+
+
+def _launch(
+    tensors: tuple[Tensor, ...],
+    splits: int,
+    workspace: AttentionWorkspace | None,
+    config: LaunchConfig,
+    pdl: bool,
+) -> None:
+    """The launch itself; `tensors` are the kernel's first arguments."""
+    q, k, v, key_pages, _, page_table, _, tail, out = tensors
+    batch, rows, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = key_pages.shape[1:3]
+    group = num_heads // num_kv_heads
+    programs = batch * num_kv_heads * config.lane_tiles(rows, group)
+    partials = stats = counters = None
+    if splits > 1:
+        assert workspace is not None, "more than one split needs a workspace"
+        partials, stats, counters = workspace.partials, workspace.stats, workspace.counters
+        vectors = programs * splits * config.tile_m
+        assert partials.numel() >= vectors * head_dim, "the workspace is for smaller sizes"
+        assert stats.numel() >= vectors * 2
+        assert counters.numel() >= programs
+    _paged_attention_kernel[(programs, splits)](
+        *tensors,
+        partials,
+        stats,
+        counters,
+        rows,
+        _LOG2_E / math.sqrt(head_dim),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *key_pages.stride()[:2],
+        *out.stride()[:2],
+        page_table.stride(0),
+        tail.stride(0) if tail.dim() == 3 else 0,
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        SPLITS=splits,
+        MIN_SHARE=config.min_share,
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        TILE_D=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tail: Tensor,
+    out: Tensor,
+) -> None:
+    """What the kernel takes for granted; reads no device memory."""
+    batch, rows, num_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = key_pages.shape
+    assert num_heads % num_kv_heads == 0, (q.shape, key_pages.shape)
+    assert k.shape == v.shape == (batch, rows, num_kv_heads, head_dim), (k.shape, v.shape)
+    assert key_pages.shape == value_pages.shape, (key_pages.shape, value_pages.shape)
+    assert key_pages.shape[3] == head_dim, (key_pages.shape, q.shape)
+    assert page_size & (page_size - 1) == 0, page_size
+    assert len({tensor.dtype for tensor in (q, k, v, key_pages, value_pages, out)}) == 1
+    assert all(tensor.stride(-1) == 1 for tensor in (q, k, v, key_pages, value_pages, out))
+    assert key_pages.stride() == value_pages.stride(), (key_pages.stride(), value_pages.stride())
+    assert key_pages.stride(2) == head_dim, key_pages.stride()
+    assert page_table.shape[0] == batch, page_table.shape
+    assert page_table.stride(1) == 1 or page_table.shape[1] == 1, page_table.stride()
+    assert prefix_lens.shape == (batch,), prefix_lens.shape
+    assert prefix_lens.is_contiguous(), prefix_lens.stride()
+    assert page_table.dtype == prefix_lens.dtype == torch.int32
+    assert tail.shape in ((3, rows), (batch, 3, rows)), (tail.shape, q.shape)
+    assert tail.dtype == torch.int32, tail.dtype
+    assert tail.is_contiguous(), tail.stride()
+    assert out.shape == (batch, rows, num_heads * head_dim), out.shape

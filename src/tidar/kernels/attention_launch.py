@@ -1,0 +1,108 @@
+"""How the paged attention kernel is cut up, and the memory that it needs for that; free of Triton."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """How the kernel is cut up: powers of two, but for `num_stages` and `min_share`.
+
+    tile_m: lanes (rows x query heads per key head) of a program, 16 to 128. tile_n: keys per tile,
+    at least 16. num_stages: tiles of page numbers and of keys in flight each take half of it, so 2 n + 1
+    keeps n tiles of keys and values in flight. min_share: the fewest tiles of keys that make a split.
+    """
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    min_share: int
+
+    def lane_tiles(self, rows: int, group: int) -> int:
+        """Tiles of lanes per sequence and key head."""
+        return _tiles(rows * group, self.tile_m)
+
+
+def launch_config(
+    rows: int, group: int, head_dim: int, itemsize: int = 2, *, heads: int = 8
+) -> LaunchConfig:
+    """Defaults for a Hopper GPU, measured on one H200; `dataclasses.replace` varies them.
+
+    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; heads: key
+    heads of all sequences.
+    """
+    lanes = rows * group
+    if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
+        return LaunchConfig(tile_m=16, tile_n=32, num_warps=4, num_stages=3, min_share=2)
+    wide = head_dim > 128
+    tile_m = 128 if lanes > 1024 and not wide else min(64, _lane_unit(lanes))
+    return LaunchConfig(
+        tile_m=tile_m,
+        tile_n=32 if wide else 64,
+        # With few heads there are many splits, short ones: what counts is how soon each begins.
+        num_warps=8 if tile_m == 128 or wide or (tile_m == 64 and heads < 4) else 4,
+        num_stages=3 if tile_m <= 64 and heads < 4 and not wide else 5,
+        min_share=2 if tile_m <= 32 else 4,
+    )
+
+
+def default_splits(
+    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, tile_m: int = 16
+) -> int:
+    """Splits that fill `num_sms` multiprocessors once, held down where merging would cost more."""
+    programs = batch * num_kv_heads * lane_tiles
+    return max(1, min(num_sms // programs, 512 // tile_m))
+
+
+def _tiles(count: int, tile: int) -> int:
+    """Tiles that hold `count` things."""
+    return -(-count // tile)
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is not below `count` (at least 1)."""
+    return 1 << (count - 1).bit_length()
+
+
+def _lane_unit(lanes: int) -> int:
+    """The largest tile of lanes that makes sense."""
+    return min(128, max(16, _power(lanes)))
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWorkspace:
+    """Parts of the splits that wait to be added up, and how many have arrived. Zero counters at rest.
+
+    May be shared by all launches on one stream. partials: float32, a vector per split and lane;
+    stats: float32, two numbers each; counters: int32, one per sequence, key head and tile of lanes.
+    """
+
+    partials: Tensor
+    stats: Tensor
+    counters: Tensor
+
+
+def attention_workspace(
+    batch: int,
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    splits: int,
+    device: torch.device | str,
+) -> AttentionWorkspace:
+    """Memory for any launch up to these sizes, whatever its `LaunchConfig`."""
+    lanes = rows * num_heads // num_kv_heads
+    unit = _lane_unit(lanes)
+    programs = batch * num_kv_heads * _tiles(lanes, 16)
+    vectors = batch * num_kv_heads * _tiles(lanes, unit) * unit * splits
+    if splits == 1:
+        programs = vectors = 0
+    return AttentionWorkspace(
+        torch.empty(vectors * head_dim, dtype=torch.float32, device=device),
+        torch.empty(vectors * 2, dtype=torch.float32, device=device),
+        torch.zeros(programs, dtype=torch.int32, device=device),
+    )

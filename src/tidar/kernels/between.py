@@ -1,0 +1,88 @@
+"""What stands between the matrix products of many rows: RMSNorm and the gated activation."""
+
+# Triton has no types that mypy could read, so its decorator hides those of the kernels.
+# mypy: disable-error-code="untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GATED_TILE = 1024
+
+
+@triton.jit
+def _gated_kernel(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One row, one tile of columns."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    real = column < SIZE
+    gate = tl.load(gate_up + row * 2 * SIZE + column, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * SIZE + SIZE + column, mask=real, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), mask=real)
+
+
+def gated(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
+    """silu(gate) * up: `[M, 2 * size]`, gate first, contiguous, to `[M, size]`.
+
+    pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    rows, both = gate_up.shape
+    assert gate_up.is_contiguous(), gate_up.stride()
+    size = both // 2
+    out = gate_up.new_empty(rows, size)
+    _gated_kernel[(rows, triton.cdiv(size, GATED_TILE))](
+        gate_up, out, SIZE=size, TILE=GATED_TILE, PDL=pdl, num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _norm_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    real = column < SIZE
+    values = tl.load(x + row * SIZE + column, mask=real, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    result = values * scale * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), mask=real)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
+    """RMSNorm of rows `[M, size]`, contiguous; weight `[size]`.
+
+    pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    rows, size = x.shape
+    assert x.is_contiguous(), x.stride()
+    assert weight.shape == (size,), weight.shape
+    out = torch.empty_like(x)
+    tile = triton.next_power_of_2(size)
+    _norm_kernel[(rows,)](
+        x, weight, out, eps, SIZE=size, TILE=tile, PDL=pdl, num_warps=max(1, min(8, tile // 512)),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

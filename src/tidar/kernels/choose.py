@@ -1,0 +1,177 @@
+"""Choosing a token per row of logits: `tidar.sampling.choose_rows` without top-k and top-p, in one launch.
+
+The vocabulary of a row is cut into tiles, one program each, because few rows alone would leave a GPU
+idle; the program that arrives last for a row compares the winners of its tiles. The noise is that of
+`tidar.sampling.gumbel_noise`, bit for bit up to the rounding of two logarithms: it is a function of
+(seed, position, token id) alone, so no noise is ever stored.
+"""
+
+# Triton has no types that mypy could read, so its decorator hides those of the kernels.
+# mypy: disable-error-code="untyped-decorator"
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_V = 2048
+"""Vocabulary entries of a program."""
+
+# The constants of tidar.sampling, signed as int64 holds them.
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
+_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
+_MIX_2 = tl.constexpr(0x94D049BB133111EB - 2**64)
+
+
+@triton.jit
+def _mix(state: tl.tensor) -> tl.tensor:
+    """`tidar.sampling.mix`: the shifts of int64 are arithmetic, the masks make them logical."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _gumbel(seed: tl.tensor, position: tl.tensor, token: tl.tensor) -> tl.tensor:
+    """`tidar.sampling.gumbel_noise` of one seed and position for tokens `[N]`, float32 `[N]`."""
+    row = _mix(_mix(seed * _GOLDEN + 1) + position * _MIX_1)
+    bits = _mix(row + (token.to(tl.int64) + 1) * _GOLDEN)
+    uniform = ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float32) * 1.1102230246251565e-16
+    uniform = tl.minimum(tl.maximum(uniform, 1.1102230246251565e-16), 1 - 5.960464477539063e-08)
+    # log1p(-u) from log: what 1 - u lost by rounding scales out again (Kahan).
+    rest = 1.0 - uniform
+    lost = rest == 1.0
+    taken = tl.where(lost, 1.0, 1.0 - rest)
+    exponential = tl.where(lost, uniform, -tl.log(rest) * tl.div_rn(uniform, taken))
+    return -tl.log(exponential)
+
+
+@triton.jit(do_not_specialize=["mask_token_id"])
+def _choose_kernel(
+    logits: tl.tensor,
+    positions: tl.tensor,
+    seeds: tl.tensor,
+    temperatures: tl.tensor,
+    out: tl.tensor,
+    best_scores: tl.tensor,
+    best_tokens: tl.tensor,
+    counters: tl.tensor,
+    logits_stride: tl.tensor,
+    mask_token_id: tl.tensor,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    ALL_TILES: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """The best of one tile, and by the last program of a row the best of all; grid (rows, tiles)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    at = logits + row.to(tl.int64) * logits_stride + token
+    scores = tl.load(at, mask=token < VOCAB, other=-float("inf")).to(tl.float32)
+    scores = tl.where(token == mask_token_id, -float("inf"), scores)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0.0:
+        noise = _gumbel(tl.load(seeds + row), tl.load(positions + row), token)
+        scores = tl.div_rn(scores, tl.zeros((TILE,), tl.float32) + temperature) + noise
+    # Of equal scores the lower token wins, in a tile and, tiles being in order, among tiles.
+    score, place = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    mine = row * TILES + tile
+    tl.store(best_scores + mine, score)
+    tl.store(best_tokens + mine, tile * TILE + place)
+    # The atomic is one thread's; the barriers tie the loads and stores of the others to it.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters + row, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if arrived == TILES - 1:
+        tl.store(counters + row, 0)  # ready for the next launch, also inside a CUDA graph
+        other = tl.arange(0, ALL_TILES)
+        ranked = tl.load(
+            best_scores + row * TILES + other,
+            mask=other < TILES,
+            other=-float("inf"),
+            cache_modifier=".cg",
+        )
+        _, winner = tl.max(ranked, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        chosen = tl.load(best_tokens + row * TILES + winner, cache_modifier=".cg")
+        tl.store(out + row, chosen.to(tl.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseWorkspace:
+    """Where tiles leave their winners; for one stream at a time.
+
+    scores: float32, tokens: int32, both one entry per row and tile. counters: int32, one per row, all 0
+    between launches.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    counters: Tensor
+
+
+def choose_workspace(rows: int, vocab_size: int, device: torch.device | str) -> ChooseWorkspace:
+    """A workspace for up to `rows` rows of up to `vocab_size` logits."""
+    entries = rows * triton.cdiv(vocab_size, TILE_V)
+    return ChooseWorkspace(
+        torch.empty(entries, dtype=torch.float32, device=device),
+        torch.empty(entries, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+
+
+def choose_rows(
+    logits: Tensor,
+    positions: Tensor,
+    seeds: Tensor,
+    temperatures: Tensor,
+    mask_token_id: int,
+    *,
+    workspace: ChooseWorkspace,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """The model's choice for each row, int64 `[N]`: arg-max, with shared noise where temperature > 0.
+
+    Of equal scores the lowest token wins. Logits must not be NaN. Neither allocates nor waits where
+    `out` is given.
+
+    Args:
+        logits: float `[N, V]`, rows at any stride; -inf is never chosen.
+        positions: int64 `[N]`, of the tokens that are chosen.
+        seeds: int64 `[N]`.
+        temperatures: float32 `[N]`; 0 is greedy.
+        mask_token_id: never chosen; -1 for none.
+        workspace: with room for N rows.
+        out: int64 `[N]`.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    rows, vocab = logits.shape
+    tiles = triton.cdiv(vocab, TILE_V)
+    if out is None:
+        out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    assert logits.stride(1) == 1, logits.stride()
+    for vector, dtype in (
+        (positions, torch.int64),
+        (seeds, torch.int64),
+        (temperatures, torch.float32),
+        (out, torch.int64),
+    ):
+        assert vector.shape == (rows,), (vector.shape, rows)
+        assert vector.dtype == dtype, (vector.dtype, dtype)
+        assert vector.is_contiguous()
+    assert workspace.scores.numel() >= rows * tiles, (workspace.scores.numel(), rows, tiles)
+    assert workspace.counters.numel() >= rows, (workspace.counters.numel(), rows)
+    _choose_kernel[(rows, tiles)](
+        logits, positions, seeds, temperatures, out,
+        workspace.scores, workspace.tokens, workspace.counters, logits.stride(0), mask_token_id,
+        VOCAB=vocab, TILE=TILE_V, TILES=tiles, ALL_TILES=triton.next_power_of_2(tiles), PDL=pdl,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
