@@ -12,17 +12,12 @@ from models import random_model, random_prompt
 
 from tidar.bench.acceptance import Acceptance
 from tidar.bench.free_rows import free_rows, rate_schedules, step_figures, summarise_steps
-from tidar.bench.profile import (
-    StepTime,
-    kernel_kind,
-    kernel_shares,
-    limits_for,
-    measure_steps,
-)
 from tidar.bench.record import read_record
+from tidar.bench.shares import kernel_kind, kernel_shares
 from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
+from tidar.decode.step_times import StepTime, limits_for, measure_steps
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.weights import init_model

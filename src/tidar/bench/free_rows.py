@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidar.bench.acceptance import Acceptance
-from tidar.bench.profile import StepTime
+from tidar.decode.step_times import StepTime
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 

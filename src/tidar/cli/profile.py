@@ -9,9 +9,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tidar.bench.profile import StepTime
     from tidar.cli.bench import Place
     from tidar.decode.paged_engine import PagedEngine
+    from tidar.decode.step_times import StepTime
     from tidar.layout import Schedule
     from tidar.model import ModelConfig, Transformer
 
@@ -126,7 +126,7 @@ def pick_contexts(
     config: "ModelConfig", schedules: "Sequence[Schedule]", asked: Sequence[int] | None
 ) -> tuple[int, ...]:
     """Prefix lengths in rising order, 1 among them, for what a step costs without one."""
-    from tidar.bench.profile import room_needed
+    from tidar.decode.step_times import room_needed
 
     room = config.max_positions - room_needed(0, schedules)
     wanted = asked or [each for each in DEFAULT_CONTEXTS if each <= room] or [max(room, 1)]
@@ -165,10 +165,10 @@ def measure_profile(
     from tidar.bench.acceptance import Acceptance
     from tidar.bench.free_rows import step_figures, summarise_steps
     from tidar.bench.memory import weight_bytes
-    from tidar.bench.profile import ROUNDS, WARM_UP, limits_for
     from tidar.bench.record import make_record
     from tidar.decode.engine import FixedPlan
     from tidar.decode.paged_engine import PagedEngine
+    from tidar.decode.step_times import ROUNDS, WARM_UP, limits_for
     from tidar.layout import AUTOREGRESSIVE
 
     longest = max(each.draft_len for each in schedules)
@@ -213,7 +213,7 @@ def _time_steps(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tidar.bench.profile import ROUNDS, measure_steps
+    from tidar.decode.step_times import ROUNDS, measure_steps
 
     total = ROUNDS * len(schedules) * len(contexts) * len(batches)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -235,7 +235,7 @@ def _kernels(
     engine: "PagedEngine", schedules: "dict[Schedule, str]", context: int, batches: Sequence[int]
 ) -> list[dict[str, Any]] | None:
     """Shares of GPU time by kind of kernel behind the longest prefix; None off CUDA."""
-    from tidar.bench.profile import kernel_shares
+    from tidar.bench.shares import kernel_shares
 
     if not engine.runner.graphs:
         return None

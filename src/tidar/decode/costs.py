@@ -24,10 +24,14 @@ BURST = 6
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds of a decode step against its rows: measured points, straight lines between them."""
+    """Seconds of a decode step against its rows: measured points, straight lines between them.
+
+    fixed_shape: a step has the rows of a full draft, however short its draft is (captured graphs).
+    """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    fixed_shape: bool = False
 
     def at(self, request_ids: Collection[int]) -> "StepCosts":
         """These costs, whatever runs; see `CostSource`."""

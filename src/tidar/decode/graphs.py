@@ -46,6 +46,10 @@ class Runner:
         captured.graph.replay()
         return self.to_host(captured.results)
 
+    def rows(self, schedule: Schedule) -> int:
+        """Rows of each sequence in a step: those of a full draft, however short its own is."""
+        return len(self._step(schedule, False).shape.tail)
+
     def to_host(self, values: Tensor) -> Tensor:
         """A copy on the host, complete once the stream is done."""
         if values.device.type != "cuda":

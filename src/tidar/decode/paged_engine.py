@@ -331,8 +331,7 @@ class PagedEngine:
         committed = self.pages_committed(sequence)
         if sequence.finish is None and committed >= self.limit:
             sequence.finish = "context"
-        spans = len(StepShape(schedule, self.device).anchors)
-        rows = drafted + spans * schedule.draft_len
+        rows = self.runner.rows(schedule)
         return self._event(sequence, kept, False, drafted, accepted, rows, schedule, seconds)
 
     def pages_committed(self, sequence: Sequence) -> int:

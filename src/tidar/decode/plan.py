@@ -18,7 +18,7 @@ import numpy as np
 
 from tidar.decode.costs import CostSource, Floats, StepCosts, measure_costs, step_rows
 from tidar.decode.request import StepEvent
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, nearest_anchor, spans_for
+from tidar.layout import AUTOREGRESSIVE, Schedule, nearest_anchor, spans_for
 from tidar.methods import Method
 from tidar.model import Transformer
 
@@ -41,16 +41,22 @@ STAKE_PER_TOKEN = 0.02
 """... and as much again for each of its tokens. Estimates may err; this bounds what errors cost."""
 
 
-def candidate_schedules(draft_lens: Sequence[int]) -> tuple[Schedule, ...]:
-    """AR, and for each K a ladder of span sets from one span to all of them."""
+SHORT_LADDER = ((1,), (1, 2, 4, 8), (1, 2, 3, 5, 8, 16))
+"""Span sets where each schedule has to be captured as a graph; a learned one joins them."""
+
+
+def candidate_schedules(draft_lens: Sequence[int], *, short: bool = False) -> tuple[Schedule, ...]:
+    """AR, and for each K a ladder of span sets from one span to all of them; short: only a few."""
     found = {AUTOREGRESSIVE: None}
     for draft_len in draft_lens:
-        sets = [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 4, 8), (1, draft_len)]
-        sets += [(1, 2, 3, 5, 8, 16), (1, 4, 8, 12, 16), (1, 2, draft_len)]
+        sets: list[tuple[int, ...]] = list(SHORT_LADDER)
+        if not short:
+            sets = [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 4, 8), (1, draft_len)]
+            sets += [(1, 2, 3, 5, 8, 16), (1, 4, 8, 12, 16), (1, 2, draft_len)]
+            sets += [tuple(range(1, draft_len + 1))]
         for anchors in sets:
             kept = tuple(sorted({n for n in anchors if n <= draft_len}))
             found[Schedule(draft_len, kept)] = None
-        found[dense_schedule(draft_len)] = None
     return tuple(found)
 
 
@@ -97,6 +103,10 @@ class Family:
     def rows(self) -> tuple[int, ...]:
         return tuple(rows for chain in self.chains for rows in chain.rows)
 
+    @cached_property
+    def full_rows(self) -> tuple[int, ...]:
+        return tuple(chain.rows[0] for chain in self.chains for _ in chain.rows)
+
     def rates(self, survival: Floats, costs: StepCosts) -> Floats:
         """Tokens per second of each chain in the long run, `[len(chains)]`.
 
@@ -116,7 +126,8 @@ class Family:
         for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled
             moves = moves @ moves
         state = moves.mean(axis=1)
-        seconds = costs(self.rows).reshape(state.shape)
+        rows = self.full_rows if costs.fixed_shape else self.rows
+        seconds = costs(rows).reshape(state.shape)
         tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
         return tokens / (state * seconds).sum(axis=1)
 
@@ -145,10 +156,10 @@ def learned_span_set(
 
 
 @lru_cache(maxsize=16)
-def _families(draft_lens: tuple[int, ...]) -> tuple[Family, ...]:
+def _families(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Family, ...]:
     """The chains of all candidates, by K."""
     by_len: dict[int, list[Chain]] = {}
-    for schedule in candidate_schedules(draft_lens):
+    for schedule in candidate_schedules(draft_lens, short=short):
         by_len.setdefault(schedule.draft_len, []).append(Chain(schedule))
     return tuple(Family(tuple(chains)) for chains in by_len.values())
 
@@ -250,7 +261,7 @@ class MeasuredPlan:
     `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much better than
     AR, or than the schedule in use, another one must look before it is taken. replan: steps between two
     decisions. lag: steps whose outcome is not known yet when a step is planned. learn: steps between
-    two looks for a span set that suits what was seen; 0 keeps to the candidates.
+    two looks for a span set that suits what was seen; 0 keeps to the candidates, which are many then.
     """
 
     def __init__(
@@ -269,7 +280,7 @@ class MeasuredPlan:
         self.learned: Family | None = None
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
-        self.families = _families(self.draft_lens)
+        self.families = _families(self.draft_lens, bool(learn))
         self.depth = max(draft_lens) - 1
         self.experience = experience or Experience(Acceptance(self.depth, memory=0.99))
         self.tracks: dict[int, _Track] = {}
@@ -304,6 +315,11 @@ class MeasuredPlan:
             lag=self.lag,
             learn=self.learn,
         )
+
+    @property
+    def candidates(self) -> tuple[Schedule, ...]:
+        """The schedules it may use, but for sets that it learns."""
+        return tuple(chain.schedule for family in self.families for chain in family.chains)
 
     def choose(self, request_ids: Sequence[int]) -> Schedule:
         """See `Plan`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from tidar.decode.engine import Engine, FixedPlan, Plan
+from tidar.decode.paged_costs import capture_candidates, plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
 from tidar.decode.slots import Replay
@@ -90,12 +91,26 @@ class MethodSpec:
                 f"Method {self.name} drafts K = {longest} tokens, and the engine's max_draft_len is "
                 f"{limits.max_draft_len}; raise it."
             )
+        if limits is not None:
+            return self._paged(model, limits, tuple(draft_lens) or UNTRAINED, replay)
         method = Tidar(0 if mask is None else mask)  # AR has no mask rows: the id is never read
-        batch = max_batch if limits is None else limits.max_running
-        plan = self.plan(model, method, batch=batch, draft_lens=draft_lens)
-        if limits is None:
-            return Engine(model, method, plan, max_batch=max_batch)
-        return PagedEngine(model, plan, limits, replay=replay)
+        plan = self.plan(model, method, batch=max_batch, draft_lens=draft_lens)
+        return Engine(model, method, plan, max_batch=max_batch)
+
+    def _paged(
+        self,
+        model: Transformer,
+        limits: EngineLimits,
+        draft_lens: Sequence[int],
+        replay: Replay | None,
+    ) -> PagedEngine:
+        if self.schedule is not None:
+            return PagedEngine(model, FixedPlan(self.schedule), limits, replay=replay)
+        engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits, replay=replay)
+        plan = plan_for(engine, draft_lens)
+        capture_candidates(engine, plan)
+        engine.plan = plan
+        return engine
 
 
 def parse_method(text: str) -> MethodSpec:

@@ -93,10 +93,10 @@ def measure_steps(
     at least, for each median. Results are in the order of contexts, then schedules. on_step is called
     `ROUNDS` times for each. Raises TidarError where the engine has not enough slots, positions or pages.
     """
-    _check(engine, schedules, contexts, batch)
+    check_room(engine, schedules, contexts, batch)
     burst = -(-repeats // ROUNDS)
     seconds: dict[tuple[int, Schedule], list[float]] = {}
-    with _seated(engine, batch, room_needed(max(contexts), schedules)) as seat:
+    with seated(engine, batch, room_needed(max(contexts), schedules)) as seat:
         for schedule in schedules:  # compiles and captures, so that the rounds only run
             seat.time_burst(schedule, contexts[0], 1)
         began = time.perf_counter()
@@ -120,7 +120,7 @@ def _step_time(schedule: Schedule, context: int, batch: int, seconds: Sequence[f
     return StepTime(schedule, context, batch, middle, min(seconds), max(seconds), len(seconds))
 
 
-def _check(
+def check_room(
     engine: PagedEngine, schedules: Sequence[Schedule], contexts: Sequence[int], batch: int
 ) -> None:
     assert not engine.sequences, "steps are measured on an idle engine"
@@ -146,7 +146,7 @@ def _check(
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
+class Seat:
     """Sequences that stand in slots 1 .. batch of an engine, with nobody's text."""
 
     engine: PagedEngine
@@ -197,7 +197,7 @@ class _Seat:
 
 
 @contextmanager
-def _seated(engine: PagedEngine, batch: int, positions: int) -> Iterator[_Seat]:
+def seated(engine: PagedEngine, batch: int, positions: int) -> Iterator[Seat]:
     """Sequences with `positions` positions each, given back at the end. Ids below 0 are no request's."""
     opened: list[int] = []
     state, own = engine.slots, slice(1, batch + 1)
@@ -220,7 +220,7 @@ def _seated(engine: PagedEngine, batch: int, positions: int) -> Iterator[_Seat]:
         state.temperatures[own] = 0.0
         size = (batch, state.drafts.shape[1])
         vocab = engine.model.config.vocab_size
-        yield _Seat(
+        yield Seat(
             engine,
             batch,
             torch.randint(0, vocab - 1, size, generator=generator, device=engine.device),
@@ -232,45 +232,3 @@ def _seated(engine: PagedEngine, batch: int, positions: int) -> Iterator[_Seat]:
         state.prefix[own] = 0
         state.lens[own] = 1
         state.left[own] = 1
-
-
-KINDS = {
-    "attention": ("attention",),
-    "linear layers": ("gemv", "skinny", "gemm", "nvjet", "cutlass", "splitk"),
-    "choice of tokens": ("choose", "argmax"),
-    "rotary and cache": ("rotary",),
-    "activation": ("gated",),
-}
-"""Kernels by parts of their names."""
-
-
-def kernel_kind(name: str) -> str:
-    """What a kernel of this name does."""
-    lower = name.lower()
-    return next((kind for kind, parts in KINDS.items() if any(p in lower for p in parts)), "other")
-
-
-@torch.inference_mode()
-def kernel_shares(
-    engine: PagedEngine, schedule: Schedule, context: int, batch: int = 1, *, count: int = 5
-) -> dict[str, float] | None:
-    """Share of GPU time by kind of kernel in a step, by torch.profiler; None where it saw no kernels."""
-    from torch.profiler import ProfilerActivity, profile
-
-    if not engine.runner.graphs:
-        return None
-    _check(engine, (schedule,), (context,), batch)
-    totals: dict[str, float] = {}
-    with _seated(engine, batch, room_needed(context, (schedule,))) as seat:
-        seat.time_burst(schedule, context, 2)
-        replay = seat.replay(schedule)
-        seat.reset(schedule, context)
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            for _ in range(count):
-                replay()
-            torch.cuda.synchronize(engine.device)
-    for row in seen.key_averages():
-        kind = kernel_kind(row.key)
-        totals[kind] = totals.get(kind, 0.0) + float(row.self_device_time_total)
-    whole = sum(totals.values())
-    return {kind: spent / whole for kind, spent in totals.items()} if whole else None

@@ -1,0 +1,171 @@
+"""What steps of the paged engine cost here, by batch and context, for its plan.
+
+Measured on the engine itself while it is idle, at its start. On a GPU the measurements are kept on disk,
+by GPU, versions, network and limits, so that the next start is quick.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from tidar.decode.costs import StepCosts, step_rows
+from tidar.decode.paged_engine import PagedEngine
+from tidar.decode.plan import MeasuredPlan
+from tidar.decode.step_times import measure_steps, room_needed
+from tidar.layout import AUTOREGRESSIVE, Schedule
+
+CONTEXTS = (512, 4096, 16384)
+"""Prefix lengths that are measured, as far as they fit."""
+
+MOST_ROWS = 1024
+"""Rows of a step, all sequences together, up to which schedules are measured: some four times the ridge."""
+
+LEARN_EVERY = 512
+"""Steps between two looks of the plan for a better span set."""
+
+Table = dict[int, dict[int, StepCosts]]
+"""By batch (powers of two), then context."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedCosts:
+    """See `tidar.decode.costs.CostSource`. who: batch and mean context of the requests it is asked for."""
+
+    table: Table
+    who: Callable[[Collection[int]], tuple[int, int]] = field(repr=False)
+
+    def at(self, request_ids: Collection[int]) -> StepCosts:
+        batch, context = self.who(request_ids)
+        by_context = self.table[min(self.table, key=lambda size: (size < batch, abs(size - batch)))]
+        # The nearest by ratio: costs grow with the context in proportion, if at all.
+        nearest = min(by_context, key=lambda size: max(size, context) / max(1, min(size, context)))
+        return by_context[nearest]
+
+
+def profiled_schedules(max_draft_len: int) -> tuple[Schedule, ...]:
+    """Schedules whose rows cover those of the plan's candidates."""
+    wanted = [(1, ()), (4, (1,)), (8, (1,)), (8, (1, 2)), (16, (1,)), (16, (1, 2)), (16, (1, 2, 4))]
+    wanted += [(16, (1, 2, 4, 8)), (16, (1, 2, 3, 5, 8, 16)), (16, tuple(range(1, 17)))]
+    fitting = [Schedule(k, anchors) for k, anchors in wanted if k <= max_draft_len]
+    if len(fitting) == 1 and max_draft_len > 1:
+        fitting.append(Schedule(max_draft_len, (1,)))
+    return tuple(fitting)
+
+
+def _within(schedules: Sequence[Schedule], batch: int) -> tuple[Schedule, ...]:
+    """AR, and the schedules whose rows a GPU could still take for little."""
+    return tuple(
+        s for s in schedules if not s.drafts or step_rows(s, s.draft_len) * batch <= MOST_ROWS
+    )
+
+
+def measure_table(engine: PagedEngine, *, repeats: int = 9) -> Table:
+    """Times steps of the idle engine at all its batch sizes and the contexts that fit."""
+    schedules = profiled_schedules(engine.max_draft_len)
+    table: Table = {}
+    batch = 1
+    while batch <= engine.runner.max_batch:
+        room = min(engine.limit, engine.pages.usable // batch * engine.pages.page_size)
+        contexts = [size for size in CONTEXTS if room_needed(size, schedules) <= room]
+        if not contexts:
+            contexts = [max(1, (room - room_needed(0, schedules)) // 2)]
+        if room < room_needed(contexts[0], schedules):
+            break
+        some = _within(schedules, batch)
+        if len(some) == 1:  # even the smallest draft is too much: a single point says so
+            some = (*some, schedules[1])
+        times = measure_steps(engine, some, contexts, batch, repeats=repeats)
+        for context in contexts:
+            own = {t.rows: t.seconds for t in times if t.context == context}
+            rows = tuple(sorted(own))
+            table.setdefault(batch, {})[context] = StepCosts(
+                rows, tuple(own[count] for count in rows), fixed_shape=True
+            )
+        batch *= 2
+    return table
+
+
+def plan_for(engine: PagedEngine, draft_lens: Sequence[int], *, keep: bool = True) -> MeasuredPlan:
+    """A measured plan for this idle engine. keep: read the measurements from disk, and leave them there.
+
+    draft_lens: values of K to choose from, those trained.
+    """
+    place = _place(engine) if keep and engine.device.type == "cuda" else None
+    table = _read(place) if place is not None else None
+    if table is None:
+        table = measure_table(engine)
+        if place is not None:
+            _write(place, table)
+
+    def who(request_ids: Collection[int]) -> tuple[int, int]:
+        found = [engine.sequences[i] for i in request_ids if i in engine.sequences]
+        lengths = [len(s.request.prompt) + len(s.emitted) for s in found]
+        return max(1, len(lengths)), sum(lengths) // max(1, len(lengths))
+
+    return MeasuredPlan(
+        PagedCosts(table, who), draft_lens=draft_lens, lag=engine.behind, learn=LEARN_EVERY
+    )
+
+
+def capture_candidates(engine: PagedEngine, plan: MeasuredPlan) -> None:
+    """Captures the graphs that the plan may ask for, so that no text has to wait for one."""
+    if not engine.runner.graphs:
+        return
+    batch = 1
+    while batch <= engine.runner.max_batch:
+        for schedule in _within((AUTOREGRESSIVE, *plan.candidates), batch):
+            engine.runner.captured(schedule, batch)
+        batch *= 2
+
+
+def _place(engine: PagedEngine) -> Path:
+    """The file of the measurements of engines like this one."""
+    import tidar
+
+    try:
+        import triton
+
+        compiler = triton.__version__
+    except ImportError:
+        compiler = None
+    weight = next(engine.model.parameters())
+    what = {
+        "gpu": torch.cuda.get_device_name(engine.device),
+        "versions": [tidar.__version__, torch.__version__, compiler],
+        "network": asdict(engine.model.config),
+        "dtype": str(weight.dtype),
+        "limits": [engine.runner.max_batch, engine.max_draft_len, engine.cache.num_pages],
+    }
+    name = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return home / "tidar" / "profiles" / f"{name}.json"
+
+
+def _read(place: Path) -> Table | None:
+    try:
+        stored = json.loads(place.read_text(encoding="utf-8"))
+        return {
+            int(batch): {
+                int(context): StepCosts(tuple(rows), tuple(seconds), fixed_shape=True)
+                for context, (rows, seconds) in contexts.items()
+            }
+            for batch, contexts in stored.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # not there, or not ours: it is measured again
+
+
+def _write(place: Path, table: Table) -> None:
+    stored = {
+        batch: {context: [costs.rows, costs.seconds] for context, costs in contexts.items()}
+        for batch, contexts in table.items()
+    }
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(stored), encoding="utf-8")
+    partial.replace(place)
