@@ -37,7 +37,7 @@ def kernel_shares(
         seat.time_burst(schedule, context, 2)
         replay = seat.replay(schedule)
         seat.reset(schedule, context)
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
             for _ in range(count):
                 replay()
             torch.cuda.synchronize(engine.device)

@@ -55,7 +55,7 @@ class FusedBackend:
     def forward(self, ids: Tensor, positions: Tensor, rows: PagedRows) -> Tensor:
         """Residual stream `[B, W, hidden_size]` behind the last layer; `choose` applies the final norm."""
         batch, width = ids.shape
-        flat = positions.flatten()
+        flat = positions.flatten().contiguous()
         x = F.embedding(ids.flatten(), self.model.embed.weight)
         for index, layer in enumerate(self.layers):
             attended = self._attend(index, layer, x, flat, rows, batch, width)

@@ -20,13 +20,14 @@ from tidar.decode.backend import PlainBackend, fused_stepper
 from tidar.decode.engine import Plan, check_request
 from tidar.decode.graphs import Runner
 from tidar.decode.pages import Pages
+from tidar.decode.prefill import Entry, Prefill
 from tidar.decode.request import FinishReason, Request, Sequence, StepEvent
 from tidar.decode.scheduler import Chunk, Limits, Scheduler, Work
 from tidar.decode.slots import NOBODY, Backend, Replay, Slots, Stepper, StepShape
 from tidar.errors import TidarError
-from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail
+from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.model import Transformer
-from tidar.paged_cache import PagedCache, PagedRows
+from tidar.paged_cache import PagedCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,7 @@ class PagedEngine:
         if cuda and backend is None:
             stepper = fused_stepper(stepper, model, self.cache)
         self.runner = Runner(stepper, limits.max_running, graphs=cuda)
+        self.prefill = Prefill(stepper, graphs=cuda, most=limits.chunk_tokens)
         self.sequences: dict[int, Sequence] = {}
         self.slot_of: dict[int, int] = {}
         self._uploaded: dict[int, int] = {}  # by request: pages of its table on the device
@@ -252,43 +254,15 @@ class PagedEngine:
 
     def _prefill(self, chunk: Chunk, schedule: Schedule) -> Tensor | None:
         """Runs a chunk; the last one leaves the first draft in the slot and returns the first token `[1]`."""
-        slot = self.slot_of[chunk.request_id]
-        tokens = self.scheduler.tokens(chunk)
-        size = len(tokens)
-        spans = (size,) if chunk.last and schedule.drafts else ()
-        tail = build_tail(size, spans, schedule.draft_len)
-        step = self.runner.stepper
-        ids = torch.full((1, len(tail)), step.mask_token_id)
-        ids[0, :size] = torch.tensor(tokens)
-        rows = PagedRows(
-            self.slots.page_table[slot : slot + 1],
-            torch.tensor([chunk.start], dtype=torch.int32, device=self.device),
-            tail.attributes.to(self.device),
-            size,
+        left = self.sequences[chunk.request_id].left - 1
+        entry = Entry(self.slot_of[chunk.request_id], chunk.start, chunk.end, left)
+        first = self.prefill(
+            self.scheduler.tokens(chunk),
+            entry,
+            schedule if chunk.last else None,
+            filtered=self._filters(chunk.request_id),
         )
-        positions = (tail.offsets + chunk.start).unsqueeze(0).to(self.device)
-        hidden = step.backend.forward(ids.to(self.device), positions, rows)
-        if not chunk.last:
-            return None
-        return self._first_draft(chunk, schedule, hidden[0, size - 1 :], slot)
-
-    def _first_draft(self, chunk: Chunk, schedule: Schedule, hidden: Tensor, slot: int) -> Tensor:
-        """Puts the draft of a finished prefill into its slot: rows [last token, span of K]."""
-        if schedule.drafts:
-            hidden = torch.cat((hidden[:1], hidden[2:]))  # the span's row 0 predicts d[0] once more
-        count = len(hidden)
-        one = torch.tensor([slot], device=self.device)
-        params = self.slots.params(one, count, filtered=self._filters(chunk.request_id))
-        positions = chunk.end + torch.arange(count, device=self.device)
-        draft = self.runner.stepper.backend.choose(hidden, params, positions)
-        sequence, state = self.sequences[chunk.request_id], self.slots
-        left = sequence.left - 1
-        state.prefix[slot] = chunk.end
-        state.drafts[slot, :count] = draft
-        state.lens[slot] = min(count, max(left, 1))
-        state.left[slot] = left
-        state.shift[slot] = 0
-        return self.runner.to_host(draft[:1])
+        return None if first is None else self.runner.to_host(first)
 
     # --- reading ---
 

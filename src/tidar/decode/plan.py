@@ -260,8 +260,9 @@ class MeasuredPlan:
     One plan paces one engine; `fresh` makes another for the same model and machine. costs: from
     `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much better than
     AR, or than the schedule in use, another one must look before it is taken. replan: steps between two
-    decisions. lag: steps whose outcome is not known yet when a step is planned. learn: steps between
-    two looks for a span set that suits what was seen; 0 keeps to the candidates, which are many then.
+    decisions. lag: steps whose outcome is not known yet when a step is planned. learn: steps until a
+    first look for a span set that suits what was seen, with ever fewer later; 0 keeps to the candidates,
+    which are many then.
     """
 
     def __init__(
@@ -278,6 +279,8 @@ class MeasuredPlan:
         self.costs = costs
         self.lag, self.learn = lag, learn
         self.learned: Family | None = None
+        self.learn_at = learn
+        self.present = costs.at(())  # what steps cost as of late
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
         self.families = _families(self.draft_lens, bool(learn))
@@ -334,9 +337,12 @@ class MeasuredPlan:
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
         self.experience.steps += 1
+        if joined or self.experience.steps % self.replan == 0:
+            self.present = self.costs.at(active)
         self.age += 1
-        if self.learn and self.experience.steps % self.learn == 0:
+        if self.learn and self.experience.steps >= self.learn_at:
             self._learn()
+            self.learn_at *= 8  # a new set may have to be captured: that must stay rare
         if self.judging:
             self.judging -= 1
             if not self.judging and self.hopeful:
@@ -368,7 +374,7 @@ class MeasuredPlan:
         else:
             track.tokens += event.accepted
             if event.schedule.drafts:
-                track.lost += self.costs.at(self.active).ratio(event.rows) - event.accepted
+                track.lost += self.present.ratio(event.rows) - event.accepted
             if event.drafted > 1:
                 self.hopeful = event.accepted > 1
                 for acceptance in (track.acceptance, self.experience.acceptance):
@@ -394,6 +400,7 @@ class MeasuredPlan:
         if not self.affordable:
             return AUTOREGRESSIVE
         survival, costs = self.survival(), self.costs.at(self.active)
+        self.present = costs
         families = (*self.families, self.learned) if self.learned else self.families
         rates = {
             chain.schedule: rate
