@@ -118,7 +118,7 @@ class Prefill:
         state.prefix[slot] = end.int()
         state.lens[slot] = length
         state.left[slot] = left
-        state.shift[slot] = 0
+        state.shift[slot] = torch.zeros_like(left)
         return draft[:1]
 
     @torch.inference_mode()
