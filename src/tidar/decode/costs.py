@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +36,10 @@ class StepCosts:
     def at(self, request_ids: Collection[int]) -> "StepCosts":
         """These costs, whatever runs; see `CostSource`."""
         return self
+
+    def at_least(self, floor: float) -> "StepCosts":
+        """The same, but no step below `floor` seconds: what the host needs for a turn, say."""
+        return replace(self, seconds=tuple(max(floor, seconds) for seconds in self.seconds))
 
     def ratio(self, rows: int) -> float:
         """Seconds of a step with so many rows, in AR steps."""

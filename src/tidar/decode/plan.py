@@ -10,6 +10,7 @@ back.
 The plan sees accept counts and never a token that is still to be verified, so sampling stays exact.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -280,6 +281,8 @@ class MeasuredPlan:
         self.lag, self.learn = lag, learn
         self.learned: Family | None = None
         self.learn_at = learn
+        self.turn_seconds = 0.0  # an AR turn as of late, host included; kept where steps run ahead
+        self.pause = 0  # steps until a decision would not cost a tenth of the time any more
         self.present = costs.at(())  # what steps cost as of late
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
@@ -309,7 +312,7 @@ class MeasuredPlan:
 
     def fresh(self, *, experienced: bool = True) -> "MeasuredPlan":
         """A plan for another engine, with the same costs and (`experienced`) the same experience."""
-        return MeasuredPlan(
+        plan = MeasuredPlan(
             self.costs,
             draft_lens=self.draft_lens,
             margin=self.margin,
@@ -318,6 +321,8 @@ class MeasuredPlan:
             lag=self.lag,
             learn=self.learn,
         )
+        plan.turn_seconds = self.turn_seconds
+        return plan
 
     @property
     def candidates(self) -> tuple[Schedule, ...]:
@@ -337,8 +342,9 @@ class MeasuredPlan:
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
         self.experience.steps += 1
+        self.pause -= 1
         if joined or self.experience.steps % self.replan == 0:
-            self.present = self.costs.at(active)
+            self.present = self._costs()
         self.age += 1
         if self.learn and self.experience.steps >= self.learn_at:
             self._learn()
@@ -351,7 +357,8 @@ class MeasuredPlan:
             self._take(AUTOREGRESSIVE)
         elif self.schedule.drafts:
             # Sooner at first, when every step says much about a text that is new.
-            if self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2):
+            due = self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2)
+            if due and self.pause <= 0:
                 self._take(self._best())
         elif not self.trying and self.age % TRY_PERIOD == 0 and self.experience.may_try:
             self.trying = TRY_STEPS
@@ -373,6 +380,10 @@ class MeasuredPlan:
             track.shift = 0
         else:
             track.tokens += event.accepted
+            if self.lag and not event.schedule.drafts:
+                # The host may be slower than the device, which is all that the measured costs know.
+                known = self.turn_seconds or event.seconds
+                self.turn_seconds = 0.9 * known + 0.1 * min(event.seconds, 2 * known)
             if event.schedule.drafts:
                 track.lost += self.present.ratio(event.rows) - event.accepted
             if event.drafted > 1:
@@ -399,7 +410,8 @@ class MeasuredPlan:
     def _best(self) -> Schedule:
         if not self.affordable:
             return AUTOREGRESSIVE
-        survival, costs = self.survival(), self.costs.at(self.active)
+        began = time.perf_counter()
+        survival, costs = self.survival(), self._costs()
         self.present = costs
         families = (*self.families, self.learned) if self.learned else self.families
         rates = {
@@ -409,12 +421,19 @@ class MeasuredPlan:
                 family.chains, family.rates(survival, costs).tolist(), strict=True
             )
         }
+        if self.lag:
+            step = float(costs((1,))[0])
+            self.pause = int((time.perf_counter() - began) / (0.1 * step))
         best = max(rates, key=lambda schedule: rates[schedule])
         bar = rates[AUTOREGRESSIVE] * (1 + self.margin)
         if rates[best] < bar:
             return AUTOREGRESSIVE
         kept = rates.get(self.schedule, 0.0)  # a learned set may be out of use by now
         return self.schedule if kept >= bar and rates[best] < kept * (1 + self.margin) else best
+
+    def _costs(self) -> StepCosts:
+        costs = self.costs.at(self.active)
+        return costs.at_least(self.turn_seconds) if self.turn_seconds else costs
 
     def _learn(self) -> None:
         """Looks for the span set of the longest drafts that suits what all texts have shown."""
