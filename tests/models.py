@@ -5,6 +5,7 @@ and `walk` goes through every branch of a computation that draws.
 """
 
 import dataclasses
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,9 @@ STORIES = ROOT.parent / "shared" / "base" / "stories260k"
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CHECKPOINTS = ("stories260k", "bundled")
+
+TRITON_REQUIRED = platform.system() == "Linux" and platform.machine() == "x86_64"
+"""Triton can be installed here: without it the kernels' tests fail, elsewhere they are skipped."""
 
 TOLERANCE = 1e-5
 """Floats that the laws call equal."""

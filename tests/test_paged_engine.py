@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from models import (
-    FAMILIES,
     Excuses,
     Run,
     any_model,
@@ -123,9 +122,18 @@ def check_all(
         excuses.check(run.ids, text, text.ids[: request.max_new_tokens])
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-@pytest.mark.parametrize("params", SAMPLED, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "params", "behind"),
+    [
+        ("llama", SAMPLED[0], 0),
+        ("llama", SAMPLED[1], 1),
+        ("mistral", SAMPLED[1], 0),
+        ("qwen2", SAMPLED[2], 0),
+        ("qwen3", SAMPLED[0], 1),
+        ("qwen3", SAMPLED[2], 1),
+    ],
+    ids=str,
+)
 def test_text_is_ar(name: str, params: dict[str, Any], behind: int, excuses: Excuses) -> None:
     """Chunked prompts, more requests than slots, and too few pages for all of them."""
     model = random_model(name)
@@ -152,9 +160,18 @@ def test_text_of_a_trained_checkpoint_is_ar(params: dict[str, Any], excuses: Exc
     check_all(runs, requests, texts, excuses)
 
 
-@pytest.mark.parametrize("all_rows", [True, False])
-@pytest.mark.parametrize("params", SAMPLED, ids=str)
-@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize(
+    ("behind", "params", "all_rows"),
+    [
+        (0, SAMPLED[0], True),
+        (1, SAMPLED[0], False),
+        (0, SAMPLED[1], False),
+        (1, SAMPLED[1], True),
+        (0, SAMPLED[2], True),
+        (1, SAMPLED[2], False),
+    ],
+    ids=str,
+)
 def test_text_is_ar_when_much_is_accepted(
     behind: int, params: dict[str, Any], all_rows: bool, excuses: Excuses
 ) -> None:
@@ -185,6 +202,7 @@ def use(engine: PagedEngine, backend: Backend, all_rows: bool = True) -> None:
     from dataclasses import replace
 
     engine.runner.stepper = replace(engine.runner.stepper, backend=backend, all_rows=all_rows)
+    engine.prefill.stepper = engine.runner.stepper
 
 
 @pytest.mark.parametrize("behind", [0, 1])
