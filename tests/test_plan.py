@@ -13,14 +13,8 @@ from test_decode import scripted, varied
 
 from tidar.decode.costs import StepCosts, measure_costs
 from tidar.decode.engine import Engine, FixedPlan
-from tidar.decode.plan import (
-    Acceptance,
-    Chain,
-    MeasuredPlan,
-    candidate_schedules,
-    learned_span_set,
-    next_shift,
-)
+from tidar.decode.plan import Acceptance, MeasuredPlan
+from tidar.decode.rates import Chain, candidate_schedules, learned_span_set, next_shift
 from tidar.decode.request import Request, StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.methods.tidar import Tidar

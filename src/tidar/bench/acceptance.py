@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tidar.decode.costs import StepCosts
-from tidar.decode.plan import Chain
+from tidar.decode.rates import Chain
 from tidar.decode.slots import Replay
 from tidar.errors import TidarError
 from tidar.layout import Schedule

@@ -1,0 +1,145 @@
+"""How many tokens per second a schedule gives in the long run, from step costs and acceptance by depth.
+
+By the step rule of the design a schedule is a Markov chain over how far the current draft is shifted; its
+stationary state says how many tokens a step commits, and how many rows it has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from tidar.decode.costs import Floats, StepCosts, step_rows
+from tidar.layout import AUTOREGRESSIVE, Schedule, nearest_anchor, spans_for
+
+SHORT_LADDER = ((1,), (1, 2, 4, 8), (1, 2, 3, 5, 8, 16))
+"""Span sets where each schedule has to be captured as a graph; a learned one joins them."""
+
+
+def candidate_schedules(draft_lens: Sequence[int], *, short: bool = False) -> tuple[Schedule, ...]:
+    """AR, and for each K a ladder of span sets from one span to all of them; short: only a few."""
+    found = {AUTOREGRESSIVE: None}
+    for draft_len in draft_lens:
+        sets: list[tuple[int, ...]] = list(SHORT_LADDER)
+        if not short:
+            sets = [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 4, 8), (1, draft_len)]
+            sets += [(1, 2, 3, 5, 8, 16), (1, 4, 8, 12, 16), (1, 2, draft_len)]
+            sets += [tuple(range(1, draft_len + 1))]
+        for anchors in sets:
+            kept = tuple(sorted({n for n in anchors if n <= draft_len}))
+            found[Schedule(draft_len, kept)] = None
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A schedule's step rule as a Markov chain; its states are the shifts 0..K-1 of the current draft."""
+
+    schedule: Schedule
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.schedule.draft_len - shift for shift in range(self.schedule.draft_len))
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(step_rows(self.schedule, length) for length in self.lengths)
+
+    @cached_property
+    def targets(self) -> Floats:
+        """`[K, K, K]`: 1 where shift s and n accepted tokens (index n - 1) lead to shift t."""
+        size = self.schedule.draft_len
+        table = np.zeros((size, size, size))
+        for shift, length in enumerate(self.lengths):
+            for accepted in range(1, length + 1):
+                table[shift, accepted - 1, next_shift(self.schedule, length, accepted)] = 1.0
+        return table
+
+    def rate(self, survival: Floats, costs: StepCosts) -> float:
+        """Tokens per second in the long run; see `Family.rates`."""
+        return float(Family((self,)).rates(survival, costs)[0])
+
+
+@dataclass(frozen=True)
+class Family:
+    """The chains of one K, evaluated together: a plan decides between tokens, so it must be quick."""
+
+    chains: tuple[Chain, ...]
+
+    @cached_property
+    def targets(self) -> Floats:
+        return np.stack([chain.targets for chain in self.chains])
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(rows for chain in self.chains for rows in chain.rows)
+
+    @cached_property
+    def full_rows(self) -> tuple[int, ...]:
+        return tuple(chain.rows[0] for chain in self.chains for _ in chain.rows)
+
+    def rates(self, survival: Floats, costs: StepCosts) -> Floats:
+        """Tokens per second of each chain in the long run, `[len(chains)]`.
+
+        survival: at index r, how likely the draft token of span row r is accepted when its turn comes;
+        length at least K, index 0 unused.
+        """
+        lengths = self.chains[0].lengths
+        size = len(lengths)
+        counts = np.zeros(
+            (size, size)
+        )  # counts[s, n - 1]: probability of n accepted tokens at shift s
+        for shift, length in enumerate(lengths):
+            reached = np.concatenate([[1.0], np.cumprod(survival[shift + 1 : shift + length])])
+            counts[shift, : length - 1] = reached[:-1] - reached[1:]
+            counts[shift, length - 1] = reached[-1]
+        moves = (counts[:, None, :] @ self.targets)[:, :, 0]
+        for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled
+            moves = moves @ moves
+        state = moves.mean(axis=1)
+        rows = self.full_rows if costs.fixed_shape else self.rows
+        seconds = costs(rows).reshape(state.shape)
+        tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
+        return tokens / (state * seconds).sum(axis=1)
+
+
+def learned_span_set(
+    survival: Floats, draft_len: int, costs: StepCosts, *, most: int = 6
+) -> tuple[int, ...]:
+    """The span set of at most `most` anchors with the most tokens per second, found greedily from {1}.
+
+    survival: acceptance by depth, as for `Family.rates`.
+    """
+    kept: tuple[int, ...] = (1,)
+    best = Chain(Schedule(draft_len, (1,))).rate(survival, costs)
+    while len(kept) < min(most, draft_len):
+        wider = [
+            tuple(sorted((*kept, anchor)))
+            for anchor in range(2, draft_len + 1)
+            if anchor not in kept
+        ]
+        family = Family(tuple(Chain(Schedule(draft_len, anchors)) for anchors in wider))
+        rates = family.rates(survival, costs)
+        if rates.max() <= best:
+            break
+        kept, best = wider[int(rates.argmax())], float(rates.max())
+    return kept
+
+
+@lru_cache(maxsize=16)
+def families_of(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Family, ...]:
+    """The chains of all candidates, by K."""
+    by_len: dict[int, list[Chain]] = {}
+    for schedule in candidate_schedules(draft_lens, short=short):
+        by_len.setdefault(schedule.draft_len, []).append(Chain(schedule))
+    return tuple(Family(tuple(chains)) for chains in by_len.values())
+
+
+def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
+    """How far the next draft is shifted after `accepted` of `drafted` tokens; K - 1 leaves d[0] alone."""
+    last = schedule.draft_len - 1
+    if not schedule.drafts:
+        return last
+    anchor = nearest_anchor(spans_for(schedule.span_set, drafted), accepted)
+    return min(accepted - anchor, last) if anchor else last
