@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -125,8 +126,10 @@ def capture_candidates(engine: PagedEngine, plan: MeasuredPlan) -> None:
 
 def _place(engine: PagedEngine) -> Path:
     """The file of the measurements of engines like this one."""
-    import tidar
-
+    try:
+        own = version("tidar")
+    except PackageNotFoundError:  # run from a source tree
+        own = ""
     try:
         import triton
 
@@ -136,7 +139,7 @@ def _place(engine: PagedEngine) -> Path:
     weight = next(engine.model.parameters())
     what = {
         "gpu": torch.cuda.get_device_name(engine.device),
-        "versions": [tidar.__version__, torch.__version__, compiler],
+        "versions": [own, torch.__version__, compiler],
         "network": asdict(engine.model.config),
         "dtype": str(weight.dtype),
         "limits": [engine.runner.max_batch, engine.max_draft_len, engine.cache.num_pages],
