@@ -292,6 +292,12 @@ class EvaluateFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.trainer.log(measure(0))
 
 
+def close_group() -> None:
+    """Ends the group of processes, where one is open still."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def use_one_gpu(arguments: TrainingArguments) -> None:
     """Keep Trainer from spreading one process over all GPUs with `nn.DataParallel`.
 

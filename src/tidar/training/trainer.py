@@ -1,5 +1,6 @@
 """`train(config)`: from a configuration to a trained checkpoint. The command line's way in."""
 
+import atexit
 import importlib.util
 import json
 import math
@@ -30,6 +31,7 @@ from tidar.training.loop import (
     JointTrainer,
     ShowProgress,
     StopWhenAsked,
+    close_group,
     use_one_gpu,
 )
 from tidar.training.objective import TrainingModel
@@ -154,6 +156,10 @@ def make_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     if arguments.device.type == "cuda":
         torch.cuda.set_device(arguments.device)
     use_one_gpu(arguments)
+    if arguments.world_size > 1:
+        # Not earlier: another run in this process may use the group. Left open, its threads can abort
+        # the interpreter's end, and a good run would be reported as failed.
+        atexit.register(close_group)
     return arguments
 
 
