@@ -123,3 +123,15 @@ def test_a_chunk_filled_up_does_what_it_does_alone(size: int, schedule: Schedule
     assert state == other
     for one, two in zip(alone, together, strict=True):
         assert_equal(two, one)
+
+
+def test_measuring_between_two_texts_leaves_the_graphs_slots_known() -> None:
+    """Who names other slots does it through the runner, which else would not name its own again."""
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    runner = engine_of().runner
+    captured = cast("Any", SimpleNamespace(chosen=torch.zeros(4, dtype=torch.int64)))
+    for slots in ((3,), (1, 2, 3), (3,), (3,), (2, 1)):
+        runner.seat(captured, slots)
+        assert captured.chosen.tolist() == [*slots, *[0] * (4 - len(slots))]

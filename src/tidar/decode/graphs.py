@@ -43,15 +43,21 @@ class Runner:
         if not self.graphs:
             return step(torch.tensor(slots, device=device)).cpu()
         captured = self.captured(schedule, len(slots), filtered=filtered)
-        padded = (*slots, *[NOBODY] * (len(captured.chosen) - len(slots)))
-        if self._chosen.get(id(captured)) != padded:
-            chosen = torch.tensor(padded, pin_memory=True)
-            captured.chosen.copy_(chosen, non_blocking=True)
-            self._chosen[id(captured)] = padded
+        self.seat(captured, slots)
         captured.graph.replay()
         # The host is one step behind at most: of three copies none is written while it is read.
         self._turn += 1
         return captured.copies[self._turn % 3].copy_(captured.results, non_blocking=True)
+
+    def seat(self, captured: _Captured, slots: Sequence[int]) -> None:
+        """Names the slots that the graph's next replays step; empty places are nobody's."""
+        padded = (*slots, *[NOBODY] * (len(captured.chosen) - len(slots)))
+        if self._chosen.get(id(captured)) != padded:
+            chosen = torch.tensor(padded)
+            if captured.chosen.device.type == "cuda":
+                chosen = chosen.pin_memory()
+            captured.chosen.copy_(chosen, non_blocking=True)
+            self._chosen[id(captured)] = padded
 
     def rows(self, schedule: Schedule) -> int:
         """Rows of each sequence in a step: those of a full draft, however short its own is."""

@@ -302,15 +302,11 @@ class PagedEngine:
         certain = sequence.emitted[-1]
         self.scheduler.advanced(sequence.request_id, (certain, *new[:-1]), new[-1])
         kept = sequence.emit(new)
-        committed = self.pages_committed(sequence)
+        committed = len(sequence.request.prompt) + len(sequence.emitted) - 1  # all but d[0]
         if sequence.finish is None and committed >= self.limit:
             sequence.finish = "context"
         rows = self.runner.rows(schedule)
         return self._event(sequence, kept, False, drafted, accepted, rows, schedule, seconds)
-
-    def pages_committed(self, sequence: Sequence) -> int:
-        """Tokens of a sequence that are committed: all but d[0]."""
-        return len(sequence.request.prompt) + len(sequence.emitted) - 1
 
     def _begin(
         self, sequence: Sequence, chunk: Chunk, token: int, schedule: Schedule, seconds: float

@@ -188,11 +188,9 @@ class Seat:
         return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
     def replay(self, schedule: Schedule) -> Callable[[], None]:
-        """One launch of the captured step over these sequences; empty places are nobody's slot."""
+        """One launch of the captured step over these sequences."""
         captured = self.engine.runner.captured(schedule, self.batch)
-        places = torch.zeros_like(captured.chosen)
-        places[: self.batch] = torch.arange(1, self.batch + 1, device=places.device)
-        captured.chosen.copy_(places)
+        self.engine.runner.seat(captured, range(1, self.batch + 1))
         return captured.graph.replay
 
 
