@@ -155,6 +155,9 @@ def check(
 ) -> None:
     """The kernel's answer is right, complete, and the same a second time."""
     workspace = make_workspace(case, splits) if splits > 1 else None
+    if workspace is not None:  # what no split has written must not count
+        workspace.parts.fill_(math.nan)
+        workspace.stats.fill_(math.nan)
     outs = [
         kernel.paged_attention(
             *case.arguments,
@@ -167,8 +170,6 @@ def check(
     ]
     torch.testing.assert_close(outs[0].double().cpu(), case.expected, rtol=0.0, atol=tolerance)
     assert torch.equal(outs[0], outs[1])
-    if workspace is not None:
-        assert not workspace.counters.any()
 
 
 def check_twin(case: Case) -> None:
@@ -249,7 +250,6 @@ def test_launch_defaults(rows: int, head_dim: int) -> None:
             assert tiles * config.tile_m >= rows * group > (tiles - 1) * config.tile_m
             workspace = attention_workspace(2, rows, 2 * group, 2, head_dim, 3, "cpu")
             assert workspace.stats.numel() >= 2 * 2 * tiles * config.tile_m * 3 * 2
-            assert workspace.counters.numel() >= 2 * 2 * tiles
 
 
 def test_default_splits_fill_the_device_once() -> None:
@@ -349,7 +349,6 @@ def test_one_graph_serves_every_prefix_on_cuda(kernel: ModuleType) -> None:
         fill(case)
         graph.replay()
         torch.testing.assert_close(out.double().cpu(), case.expected, rtol=0.0, atol=1e-5)
-    assert not workspace.counters.any()
 
 
 def test_oracle_sees_what_the_rule_says() -> None:

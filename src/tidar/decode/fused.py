@@ -1,27 +1,22 @@
-"""The network of a decode step in fused kernels and cuBLAS, for a GPU.
+"""The network of a decode step in fused kernels, for a GPU; the weights are the model's own tensors.
 
-One or two rows: five launches a layer, all of them weight reads at the speed of the memory. More rows:
-cuBLAS for the products, which no kernel of ours beat from 3 rows on (LOG.md), and small kernels between
-them. The weights are the model's own tensors. The kernels are launched so that each starts while the one
-before it ends (programmatic dependent launch), where the GPU can do that.
+Three ways through a layer, by the number of rows. One or two: five launches, all of them weight reads at
+the speed of the memory. Up to 128: products by matrix units whose parts the next launch adds up, seven or
+eight launches. More, or weights that those kernels do not take: cuBLAS and small kernels between. The
+kernels are launched so that each starts while the one before it ends (programmatic dependent launch),
+where the GPU can do that.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tidar.kernels.attention import paged_attention
-from tidar.kernels.attention_launch import (
-    AttentionWorkspace,
-    LaunchConfig,
-    attention_workspace,
-    default_splits,
-    launch_config,
-)
-from tidar.kernels.between import gated, rms_norm
+from tidar.decode.fused_attention import FusedAttention, Step
+from tidar.kernels import linear, parts
+from tidar.kernels.between import add_parts, gated, rms_norm
 from tidar.kernels.choose import ChooseWorkspace, choose_rows, choose_workspace
-from tidar.kernels.linear import MAX_ROWS, default_config, small_linear
-from tidar.kernels.rotary import rotate_and_store
+from tidar.kernels.linear import small_linear
+from tidar.kernels.parts import PartsConfig, gated_linear, linear_parts
 from tidar.model import Layer, Transformer
 from tidar.paged_cache import PagedCache, PagedRows
 from tidar.sampling import RowParams
@@ -32,36 +27,43 @@ INTERPRETED_SMS = 4
 
 HOPPER = (9, 0)
 
+LARGE_PRODUCT = 60_000_000
+"""Gate and up weights from which cuBLAS and a launch for the activation are faster (one H200)."""
+
 
 class FusedBackend:
     """See `tidar.decode.slots.Backend`. For one stream at a time; workspaces are kept by size."""
 
     def __init__(self, model: Transformer, cache: PagedCache) -> None:
-        self.model, self.cache, self.config = model, cache, model.config
+        self.model, self.config = model, model.config
         weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.itemsize = weight.device, weight.dtype.itemsize
         self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-        places = torch.arange(self.config.max_positions, device=self.device).unsqueeze(0)
-        self.cos, self.sin = (
-            table.flatten(0, 2).contiguous() for table in model.rotary(places, self.dtype)
-        )
         self.sms, self.pdl = INTERPRETED_SMS, False
+        self.shared_memory = parts.SHARED_MEMORY
         if self.device.type == "cuda":
             self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self.shared_memory = parts.device_shared_memory(self.device)
             self.pdl = torch.cuda.get_device_capability(self.device) >= HOPPER
-        self._attention: dict[tuple[int, int], tuple[int, AttentionWorkspace | None]] = {}
+        self.attention = FusedAttention(model, cache, sms=self.sms, pdl=self.pdl)
+        self.aligned = all(
+            parts.aligned(matrix.weight)
+            for layer in self.layers
+            for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
         self._choosing: dict[int, ChooseWorkspace] = {}
 
     def forward(self, ids: Tensor, positions: Tensor, rows: PagedRows) -> Tensor:
         """Residual stream `[B, W, hidden_size]` behind the last layer; `choose` applies the final norm."""
         batch, width = ids.shape
-        flat = positions.flatten().contiguous()
+        step = Step(batch, width, positions.flatten().contiguous(), rows)
         x = F.embedding(ids.flatten(), self.model.embed.weight)
-        for index, layer in enumerate(self.layers):
-            attended = self._attend(index, layer, x, flat, rows, batch, width)
-            x = self._linear(attended, layer.o, residual=x)
-            inner = self._linear(x, layer.gate_up, norm=layer.mlp_norm, gated_pairs=True)
-            x = self._linear(inner, layer.down, residual=x)
+        if len(x) <= linear.MAX_ROWS:
+            self._layers_by_vectors(x, step)
+        elif len(x) <= parts.MAX_ROWS and self.aligned:
+            self._layers_by_parts(x, step)
+        else:
+            self._layers_by_cublas(x, step)
         return x.view(batch, width, -1)
 
     def choose(self, hidden: Tensor, params: RowParams, positions: Tensor) -> Tensor:
@@ -85,92 +87,59 @@ class FusedBackend:
             pdl=self.pdl,
         )
 
-    def _attend(
-        self,
-        index: int,
-        layer: Layer,
-        x: Tensor,
-        positions: Tensor,
-        rows: PagedRows,
-        batch: int,
-        width: int,
-    ) -> Tensor:
-        """From the residual stream `[B * W, hidden_size]` to what the output projection takes."""
-        config = self.config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        keys, values = self.cache.keys[index], self.cache.values[index]
-        qkv = self._linear(x, layer.qkv, norm=layer.attn_norm)
-        rotate_and_store(
-            qkv,
-            self.cos,
-            self.sin,
-            positions,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            q_norm=None if layer.q_norm is None else layer.q_norm.weight,
-            k_norm=None if layer.k_norm is None else layer.k_norm.weight,
-            eps=config.rms_norm_eps,
-            key_pages=keys,
-            value_pages=values,
-            page_table=rows.page_table,
-            prefix_lens=rows.prefix_lens,
-            num_drafts=rows.kept,
-            rows=width,
-            pdl=self.pdl,
-        )
-        q, k, v = qkv.view(batch, width, -1, dim).split((heads, kv_heads, kv_heads), dim=2)
-        splits, workspace = self._attention_plan(batch, width)
-        return paged_attention(
-            q,
-            k,
-            v,
-            keys,
-            values,
-            rows.page_table,
-            rows.prefix_lens,
-            rows.tail,
-            splits=splits,
-            workspace=workspace,
-            config=self._cut(batch, width),
-            pdl=self.pdl,
-        ).flatten(0, 1)
-
     def _project(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]` of rows of the residual stream."""
         head, norm = self.model.head_weight, self.model.norm
-        if len(hidden) <= MAX_ROWS:
-            return self._small(hidden, head, norm_weight=norm.weight)
-        hidden = rms_norm(hidden.contiguous(), norm.weight, self.config.rms_norm_eps, pdl=self.pdl)
-        return F.linear(hidden, head)
+        if len(hidden) <= linear.MAX_ROWS:
+            return self._vectors(hidden, head, norm_weight=norm.weight)
+        return F.linear(self._norm(hidden.contiguous(), norm.weight), head)
 
-    def _linear(
-        self,
-        x: Tensor,
-        linear: nn.Linear,
-        *,
-        norm: nn.RMSNorm | None = None,
-        residual: Tensor | None = None,
-        gated_pairs: bool = False,
-    ) -> Tensor:
-        """A linear layer of rows `[M, K]` with what surrounds it; a residual is changed in place."""
-        if len(x) <= MAX_ROWS:
-            return self._small(
+    def _layers_by_vectors(self, x: Tensor, step: Step) -> None:
+        """All layers, on the residual stream `[1 or 2, hidden_size]` in place."""
+        for index, layer in enumerate(self.layers):
+            norm, mlp_norm = layer.attn_norm.weight, layer.mlp_norm.weight
+            qkv = self._vectors(x, layer.qkv.weight, bias=layer.qkv.bias, norm_weight=norm)
+            attended = self.attention(index, layer, qkv, step)
+            self._vectors(attended, layer.o.weight, bias=layer.o.bias, residual=x)
+            inner = self._vectors(
                 x,
-                linear.weight,
-                bias=linear.bias,
-                norm_weight=None if norm is None else norm.weight,
-                residual=residual,
-                gated_pairs=gated_pairs,
+                layer.gate_up.weight,
+                bias=layer.gate_up.bias,
+                norm_weight=mlp_norm,
+                gated_pairs=True,
             )
-        if norm is not None:
-            x = rms_norm(x, norm.weight, self.config.rms_norm_eps, pdl=self.pdl)
-        if residual is not None:
-            residual.addmm_(x, linear.weight.t())
-            return residual if linear.bias is None else residual.add_(linear.bias)
-        out = F.linear(x, linear.weight, linear.bias)
-        return gated(out, pdl=self.pdl) if gated_pairs else out
+            self._vectors(inner, layer.down.weight, bias=layer.down.bias, residual=x)
 
-    def _small(
+    def _layers_by_parts(self, x: Tensor, step: Step) -> None:
+        """All layers, on the residual stream `[up to 128, hidden_size]` in place."""
+        norms = [layer.attn_norm.weight for layer in self.layers]
+        normed = self._norm(x, norms[0])
+        for index, layer in enumerate(self.layers):
+            products = self._parts(normed, layer.qkv.weight)
+            qkv = x.new_empty(products.shape[1:])
+            attended = self.attention(index, layer, qkv, step, parts=products, bias=layer.qkv.bias)
+            products = self._parts(attended, layer.o.weight)
+            normed = self._add(products, x, layer.o.bias, layer.mlp_norm.weight)
+            inner = self._inner(normed, layer)
+            products = self._parts(inner, layer.down.weight)
+            following = norms[index + 1] if index + 1 < len(norms) else None
+            normed = self._add(products, x, layer.down.bias, following)
+
+    def _layers_by_cublas(self, x: Tensor, step: Step) -> None:
+        """All layers, on the residual stream `[M, hidden_size]` in place."""
+        for index, layer in enumerate(self.layers):
+            normed = self._norm(x, layer.attn_norm.weight)
+            qkv = F.linear(normed, layer.qkv.weight, layer.qkv.bias)
+            attended = self.attention(index, layer, qkv, step)
+            _add_product(x, attended, layer.o.weight, layer.o.bias)
+            normed = self._norm(x, layer.mlp_norm.weight)
+            inner = gated(F.linear(normed, layer.gate_up.weight, layer.gate_up.bias), pdl=self.pdl)
+            _add_product(x, inner, layer.down.weight, layer.down.bias)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.config.rms_norm_eps, pdl=self.pdl)
+
+    def _vectors(
         self,
         x: Tensor,
         weight: Tensor,
@@ -180,6 +149,7 @@ class FusedBackend:
         residual: Tensor | None = None,
         gated_pairs: bool = False,
     ) -> Tensor:
+        """A linear layer of one or two rows with what surrounds it; a residual is changed in place."""
         return small_linear(
             x,
             weight,
@@ -188,36 +158,42 @@ class FusedBackend:
             eps=self.config.rms_norm_eps,
             residual=residual,
             gated=gated_pairs,
-            config=default_config(len(x), *weight.shape, gated_pairs, pdl=self.pdl),
+            config=linear.default_config(len(x), *weight.shape, gated_pairs, pdl=self.pdl),
             out=residual,
         )
 
-    def _cut(self, batch: int, width: int) -> LaunchConfig:
-        """How attention over steps of this size is cut up."""
-        config = self.config
-        group, heads = config.num_heads // config.num_kv_heads, batch * config.num_kv_heads
-        return launch_config(width, group, config.head_dim, self.dtype.itemsize, heads=heads)
+    def _parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Parts of a product, float32 `[splits, M, N]`."""
+        return linear_parts(x, weight, config=self._cut(x, weight), pdl=self.pdl)
 
-    def _attention_plan(self, batch: int, width: int) -> tuple[int, AttentionWorkspace | None]:
-        """Splits and their memory for steps up to this size; one captured graph serves all contexts."""
-        config = self.config
-        group = config.num_heads // config.num_kv_heads
-        cut = self._cut(batch, width)
-        tiles = cut.lane_tiles(width, group)
-        splits = default_splits(batch, config.num_kv_heads, tiles, self.sms, tile_m=cut.tile_m)
-        if splits == 1:
-            return 1, None
-        # Widths are rounded up, so that prompts of all lengths share a few workspaces.
-        key = (batch, 1 << (width - 1).bit_length())
-        if key not in self._attention or self._attention[key][0] < splits:
-            workspace = attention_workspace(
-                key[0],
-                key[1],
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                splits,
-                self.device,
-            )
-            self._attention[key] = (splits, workspace)
-        return splits, self._attention[key][1]
+    def _inner(self, x: Tensor, layer: Layer) -> Tensor:
+        """The activated inside of the MLP, `[M, intermediate_size]`."""
+        weight, bias = layer.gate_up.weight, layer.gate_up.bias
+        if weight.numel() >= LARGE_PRODUCT:
+            return gated(F.linear(x, weight, bias), pdl=self.pdl)
+        config = self._cut(x, weight, gated_pairs=True)
+        return gated_linear(x, weight, bias, config=config, pdl=self.pdl)
+
+    def _add(
+        self, products: Tensor, x: Tensor, bias: Tensor | None, norm_weight: Tensor | None
+    ) -> Tensor:
+        """Takes a product into the residual stream x; returns its norm."""
+        eps = self.config.rms_norm_eps
+        return add_parts(products, x, bias=bias, norm_weight=norm_weight, eps=eps, pdl=self.pdl)
+
+    def _cut(self, x: Tensor, weight: Tensor, *, gated_pairs: bool = False) -> PartsConfig:
+        return parts.default_config(
+            len(x),
+            *weight.shape,
+            gated_pairs,
+            itemsize=self.itemsize,
+            sms=self.sms,
+            shared_memory=self.shared_memory,
+        )
+
+
+def _add_product(stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Adds a linear layer of x to the residual stream."""
+    stream.addmm_(x, weight.t())
+    if bias is not None:
+        stream.add_(bias)

@@ -3,8 +3,9 @@
 The query heads that share a key head are packed into one tile with the rows ("lanes", row-major), so
 keys and values are read once per key head and tile of lanes. A sequence's keys are a row of tiles: its
 prefix, page by page, then the tail; `splits` programs share that row evenly, in shares found from the
-prefix length on the device, so that one captured CUDA graph serves every context length. The program
-that arrives last adds the parts up in split order, so the sum does not depend on who that is.
+prefix length on the device, so that one captured CUDA graph serves every context length. Each leaves a
+part; a second kernel adds the parts up in their order. (The program that arrives last could do that too,
+but it alone: measured, a launch of its own for the whole device takes less time.)
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -20,6 +21,9 @@ from torch import Tensor
 from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
 
 _LOG2_E = math.log2(math.e)
+
+SUM_TILE = 4096
+"""Numbers that a program of the sum loads at once."""
 
 
 @triton.jit
@@ -104,73 +108,21 @@ def _fold(
 
 
 @triton.jit
-def _combine(
-    partials: tl.tensor,
-    stats: tl.tensor,
-    first: tl.tensor,
-    active: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_D: tl.constexpr,
+def _share(
+    length: tl.tensor,
+    rows: tl.tensor,
+    splits: tl.tensor,
+    min_share: tl.tensor,
+    TILE_N: tl.constexpr,
 ) -> tl.tensor:
-    """The sum of the `active` parts that start at part `first`, in their order."""
-    # Parts come from other multiprocessors: read them from L2, not from a stale L1.
-    lanes = tl.arange(0, TILE_M)
-    parts = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
-    stat = stats + ((first + parts) * 2) * TILE_M + lanes[None, :]
-    peaks = tl.load(stat, mask=parts < active, other=-1e30, cache_modifier=".cg")
-    totals = tl.load(stat + TILE_M, mask=parts < active, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, 0)
-    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
-    result = tl.zeros([TILE_M, TILE_D], tl.float32)
-    dims = tl.arange(0, TILE_D)[None, :]
-    cells = lanes[:, None] * HEAD_DIM + dims
-    for part in tl.range(0, active, loop_unroll_factor=64 // TILE_M):
-        at = partials + (first + part).to(tl.int64) * (TILE_M * HEAD_DIM) + cells
-        vectors = tl.load(at, mask=dims < HEAD_DIM, other=0.0, cache_modifier=".cg")
-        own = tl.load(stats + (first + part) * (2 * TILE_M) + lanes, cache_modifier=".cg")
-        result += vectors * tl.exp2(own - peak)[:, None]
-    return result / total[:, None]
+    """Tiles of keys that a split takes, and how many splits that keeps busy."""
+    tiles = tl.cdiv(length, TILE_N) + tl.cdiv(rows, TILE_N)
+    share = tl.maximum(tl.cdiv(tiles, splits), min_share)
+    return share, tl.cdiv(tiles, share)
 
 
-@triton.jit
-def _merge(
-    result: tl.tensor,
-    peak: tl.tensor,
-    total: tl.tensor,
-    out_at: tl.tensor,
-    real: tl.tensor,
-    partials: tl.tensor,
-    stats: tl.tensor,
-    counters: tl.tensor,
-    program: tl.tensor,
-    split: tl.tensor,
-    active: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_D: tl.constexpr,
-) -> None:
-    """Leaves a split's part for the others; who finds all of theirs there adds them up."""
-    part = program * SPLITS + split
-    lane = tl.arange(0, TILE_M)
-    cell = partials + part.to(tl.int64) * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
-    _store(cell, result, lane < TILE_M, HEAD_DIM, TILE_D)
-    tl.store(stats + part * (2 * TILE_M) + lane, peak)
-    tl.store(stats + part * (2 * TILE_M) + TILE_M + lane, total)
-    # All threads' stores come before the release of the one thread that counts.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + program, 1, sem="acq_rel") == active - 1:
-        tl.store(counters + program, 0)  # for the next launch, graph replays included
-        result = _combine(
-            partials, stats, program * SPLITS, active, HEAD_DIM, SPLITS, TILE_M, TILE_D
-        )
-        _store(out_at, result, real, HEAD_DIM, TILE_D)
-
-
-@triton.jit(do_not_specialize=["rows", "table_batch", "tail_batch"])
-def _paged_attention_kernel(
+@triton.jit(do_not_specialize=["rows", "splits", "min_share", "table_batch", "tail_batch"])
+def _attention_kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
@@ -180,10 +132,11 @@ def _paged_attention_kernel(
     prefix_lens: tl.tensor,
     tail: tl.tensor,
     out: tl.tensor,
-    partials: tl.tensor,
+    parts: tl.tensor,
     stats: tl.tensor,
-    counters: tl.tensor,
     rows: tl.tensor,
+    splits: tl.tensor,
+    min_share: tl.tensor,
     scale: tl.tensor,
     q_batch: tl.tensor,
     q_row: tl.tensor,
@@ -204,14 +157,15 @@ def _paged_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIN_SHARE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_D: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Grid: (B * KV_HEADS * tiles of lanes, SPLITS). Strides are in elements, named tensor_dimension."""
+    """Grid: (B * KV_HEADS * tiles of lanes, splits). Strides are in elements, named tensor_dimension.
+
+    parts: None where there is one split, which writes `out`.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -219,29 +173,30 @@ def _paged_attention_kernel(
     lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
     batch = program // (KV_HEADS * lane_tiles)
     head = program // lane_tiles % KV_HEADS
+    lanes = (program % lane_tiles) * TILE_M + tl.arange(0, TILE_M)
+    row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
+    real = row < rows
+    # What does not hang on the prefix length is asked for first, to come while that is under way.
+    queries = _load(q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D)
+    tail += batch * tail_batch
+    own_span = tl.load(tail + rows + row, mask=real, other=-1)
+    own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
     length = tl.load(prefix_lens + batch)
 
     # All keys of the sequence as one row of tiles: whole ones of the prefix, a broken one, the tail's.
     whole_tiles = length // TILE_N
     prefix_tiles = tl.cdiv(length, TILE_N)
-    all_tiles = prefix_tiles + tl.cdiv(rows, TILE_N)
-    share = tl.maximum(tl.cdiv(all_tiles, SPLITS), MIN_SHARE)
-    active = tl.cdiv(all_tiles, share)
+    share, active = _share(length, rows, splits, min_share, TILE_N)
     if split >= active:
         return
     first = split * share
-    last = tl.minimum(first + share, all_tiles)
+    last = tl.minimum(first + share, prefix_tiles + tl.cdiv(rows, TILE_N))
 
-    lanes = (program % lane_tiles) * TILE_M + tl.arange(0, TILE_M)
-    row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
-    real = row < rows
-    queries = _load(q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D)
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     key_pages += head * pages_head
     value_pages += head * pages_head
     table = page_table + batch * table_batch
-    tail += batch * tail_batch
     within = tl.arange(0, TILE_N)
 
     result = tl.zeros([TILE_M, TILE_D], tl.float32)
@@ -267,8 +222,6 @@ def _paged_attention_kernel(
 
     # The tail by the visibility rule (`tidar.layout.visible`), from what each row is: a matrix of
     # rows x rows would have to be loaded element by element. Lanes of no row see what is clean.
-    own_span = tl.load(tail + rows + row, mask=real, other=-1)
-    own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
     for tile in tl.range(tl.maximum(first, prefix_tiles), last):
         place = (tile - prefix_tiles) * TILE_N + within
         seen = place < rows
@@ -282,14 +235,72 @@ def _paged_attention_kernel(
         scores = tl.where(visible, scores, float("-inf"))
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
-    out_at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
-    if SPLITS == 1 or active == 1:
-        _store(out_at, result / total[:, None], real, HEAD_DIM, TILE_D)
+    if parts is None:
+        at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
+        _store(at, result / total[:, None], real, HEAD_DIM, TILE_D)
     else:
-        _merge(
-            result, peak, total, out_at, real, partials, stats, counters, program, split, active,
-            HEAD_DIM, SPLITS, TILE_M, TILE_D,
-        )  # fmt: skip
+        part = program * splits + split
+        lane = tl.arange(0, TILE_M)
+        at = parts + part.to(tl.int64) * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
+        _store(at, result, real, HEAD_DIM, TILE_D)
+        tl.store(stats + part * (2 * TILE_M) + lane, peak)
+        tl.store(stats + part * (2 * TILE_M) + TILE_M + lane, total)
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "min_share"])
+def _sum_kernel(
+    parts: tl.tensor,
+    stats: tl.tensor,
+    prefix_lens: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    splits: tl.tensor,
+    min_share: tl.tensor,
+    out_batch: tl.tensor,
+    out_row: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALL_PARTS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """LANES lanes of a tile, all their parts at once. Grid: (B * KV_HEADS * tiles, TILE_M // LANES)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    program = tl.program_id(0)
+    lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
+    batch = program // (KV_HEADS * lane_tiles)
+    head = program // lane_tiles % KV_HEADS
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    lanes = (program % lane_tiles) * TILE_M + lane
+    row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
+    real = row < rows
+    _, active = _share(tl.load(prefix_lens + batch), rows, splits, min_share, TILE_N)
+    # Parts past the active ones are of an earlier launch, or of none: neither may count.
+    part = tl.arange(0, ALL_PARTS)[:, None]
+    exists = (part < active) & real[None, :]
+    at = (program * splits + part) * (2 * TILE_M) + lane[None, :]
+    peaks = tl.load(stats + at, mask=exists, other=-1e30)
+    totals = tl.load(stats + at + TILE_M, mask=exists, other=0.0)
+    dims = tl.arange(0, TILE_D)
+    inside = exists[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+    cells = (program * splits + part).to(tl.int64) * (TILE_M * HEAD_DIM) + lane[None, :] * HEAD_DIM
+    vectors = tl.load(parts + cells[:, :, None] + dims[None, None, :], mask=inside, other=0.0)
+    weights = tl.exp2(peaks - tl.max(peaks, 0)[None, :])
+    total = tl.sum(totals * weights, 0)
+    result = tl.sum(vectors * weights[:, :, None], 0) / tl.where(real, total, 1.0)[:, None]
+    _store(
+        out + batch * out_batch + row * out_row + query_head * HEAD_DIM,
+        result,
+        real,
+        HEAD_DIM,
+        TILE_D,
+    )
 
 
 def paged_attention(
@@ -358,26 +369,28 @@ def _launch(
     config: LaunchConfig,
     pdl: bool,
 ) -> None:
-    """The launch itself; `tensors` are the kernel's first arguments."""
-    q, k, v, key_pages, _, page_table, _, tail, out = tensors
+    """The launches themselves; `tensors` are the first kernel's first arguments."""
+    q, k, v, key_pages, _, page_table, prefix_lens, tail, out = tensors
     batch, rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = key_pages.shape[1:3]
     group = num_heads // num_kv_heads
     programs = batch * num_kv_heads * config.lane_tiles(rows, group)
-    partials = stats = counters = None
+    parts = stats = None
     if splits > 1:
         assert workspace is not None, "more than one split needs a workspace"
-        partials, stats, counters = workspace.partials, workspace.stats, workspace.counters
+        parts, stats = workspace.parts, workspace.stats
         vectors = programs * splits * config.tile_m
-        assert partials.numel() >= vectors * head_dim, "the workspace is for smaller sizes"
+        assert parts.numel() >= vectors * head_dim, "the workspace is for smaller sizes"
         assert stats.numel() >= vectors * 2
-        assert counters.numel() >= programs
-    _paged_attention_kernel[(programs, splits)](
+    tile_d = max(16, triton.next_power_of_2(head_dim))
+    early = {"launch_pdl": True} if pdl else {}
+    _attention_kernel[(programs, splits)](
         *tensors,
-        partials,
+        parts,
         stats,
-        counters,
         rows,
+        splits,
+        config.min_share,
         _LOG2_E / math.sqrt(head_dim),
         *q.stride()[:3],
         *k.stride()[:3],
@@ -390,15 +403,38 @@ def _launch(
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        SPLITS=splits,
-        MIN_SHARE=config.min_share,
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
-        TILE_D=max(16, triton.next_power_of_2(head_dim)),
+        TILE_D=tile_d,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         PDL=pdl,
-        **({"launch_pdl": True} if pdl else {}),
+        **early,
+    )
+    if parts is None:
+        return
+    all_parts = triton.next_power_of_2(splits)
+    lanes = max(1, min(config.tile_m, SUM_TILE // (all_parts * tile_d)))
+    _sum_kernel[(programs, config.tile_m // lanes)](
+        parts,
+        stats,
+        prefix_lens,
+        out,
+        rows,
+        splits,
+        config.min_share,
+        *out.stride()[:2],
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        ALL_PARTS=all_parts,
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        TILE_D=tile_d,
+        LANES=lanes,
+        PDL=pdl,
+        num_warps=4,
+        **early,
     )
 
 

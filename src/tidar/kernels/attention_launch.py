@@ -74,15 +74,14 @@ def _lane_unit(lanes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWorkspace:
-    """Parts of the splits that wait to be added up, and how many have arrived. Zero counters at rest.
+    """Parts of the splits that wait to be added up.
 
-    May be shared by all launches on one stream. partials: float32, a vector per split and lane;
-    stats: float32, two numbers each; counters: int32, one per sequence, key head and tile of lanes.
+    May be shared by all launches on one stream. parts: float32, a vector per split and lane; stats:
+    float32, two numbers each.
     """
 
-    partials: Tensor
+    parts: Tensor
     stats: Tensor
-    counters: Tensor
 
 
 def attention_workspace(
@@ -97,12 +96,8 @@ def attention_workspace(
     """Memory for any launch up to these sizes, whatever its `LaunchConfig`."""
     lanes = rows * num_heads // num_kv_heads
     unit = _lane_unit(lanes)
-    programs = batch * num_kv_heads * _tiles(lanes, 16)
-    vectors = batch * num_kv_heads * _tiles(lanes, unit) * unit * splits
-    if splits == 1:
-        programs = vectors = 0
+    vectors = batch * num_kv_heads * _tiles(lanes, unit) * unit * splits if splits > 1 else 0
     return AttentionWorkspace(
         torch.empty(vectors * head_dim, dtype=torch.float32, device=device),
         torch.empty(vectors * 2, dtype=torch.float32, device=device),
-        torch.zeros(programs, dtype=torch.int32, device=device),
     )

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of many rows: RMSNorm and the gated activation."""
+"""What stands between the matrix products of many rows: sums of parts, RMSNorm, the gated activation."""
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
 # mypy: disable-error-code="untyped-decorator"
@@ -83,6 +83,77 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Ten
     tile = triton.next_power_of_2(size)
     _norm_kernel[(rows,)](
         x, weight, out, eps, SIZE=size, TILE=tile, PDL=pdl, num_warps=max(1, min(8, tile // 512)),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_kernel(
+    parts: tl.tensor,
+    bias: tl.tensor,
+    stream: tl.tensor,
+    norm_weight: tl.tensor,
+    out: tl.tensor,
+    part_stride: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    real = column < SIZE
+    total = tl.load(parts + row * SIZE + column, mask=real, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * part_stride + row * SIZE + column, mask=real, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    at = stream + row * SIZE + column
+    total += tl.load(at, mask=real, other=0.0).to(tl.float32)
+    # The norm reads what the stream keeps of the sum, not the sum.
+    kept = total.to(stream.dtype.element_ty)
+    tl.store(at, kept, mask=real)
+    if norm_weight is not None:
+        values = kept.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+        scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
+
+
+def add_parts(
+    parts: Tensor,
+    stream: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    pdl: bool = False,
+) -> Tensor:
+    """Adds a product's parts and bias to the residual stream in place; returns its RMSNorm.
+
+    Args:
+        parts: float32 `[splits, M, size]`, contiguous, of `tidar.kernels.parts.linear_parts`.
+        stream: `[M, size]`, contiguous.
+        bias: `[size]`.
+        norm_weight: `[size]`, with `eps`; where None the stream itself is returned.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    splits, rows, size = parts.shape
+    assert stream.shape == (rows, size), (stream.shape, parts.shape)
+    assert stream.is_contiguous(), stream.stride()
+    assert parts.is_contiguous(), parts.stride()
+    assert all(v is None or v.shape == (size,) for v in (bias, norm_weight))
+    out = stream if norm_weight is None else torch.empty_like(stream)
+    tile = triton.next_power_of_2(size)
+    _add_kernel[(rows,)](
+        parts, bias, stream, norm_weight, out, rows * size, eps,
+        SIZE=size, TILE=tile, SPLITS=splits, PDL=pdl, num_warps=max(1, min(8, tile // 256)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -15,9 +15,33 @@ from torch import Tensor
 HEADS_PER_PROGRAM = 8
 
 
+@triton.jit
+def _projected(
+    qkv: tl.tensor,
+    parts: tl.tensor,
+    bias: tl.tensor,
+    at: tl.tensor,
+    column: tl.tensor,
+    real: tl.tensor,
+    part_stride: tl.tensor,
+    SPLITS: tl.constexpr,
+) -> tl.tensor:
+    """Entries `at` of the projection: as `qkv` has them, or the sum of its parts and bias."""
+    if parts is None:
+        return tl.load(qkv + at, mask=real, other=0.0)
+    total = tl.load(parts + at, mask=real, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * part_stride + at, mask=real, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    return total.to(qkv.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["table_width", "num_drafts", "num_rows"])
 def _rotary_kernel(
     qkv: tl.tensor,
+    parts: tl.tensor,
+    bias: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     positions: tl.tensor,
@@ -28,6 +52,7 @@ def _rotary_kernel(
     page_table: tl.tensor,
     prefix_lens: tl.tensor,
     qkv_stride: tl.tensor,
+    part_stride: tl.tensor,
     cos_stride: tl.tensor,
     key_page_stride: tl.tensor,
     key_head_stride: tl.tensor,
@@ -44,6 +69,7 @@ def _rotary_kernel(
     HALF_TILE: tl.constexpr,
     TILE_H: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """TILE_H heads of one row; grid (rows of all sequences, groups of heads)."""
@@ -57,9 +83,10 @@ def _rotary_kernel(
     within = dim < HALF
     real = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & within
     # Both halves of a head live in one thread, which reads and then writes them.
-    at = qkv + row.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM + dim
-    raw_first = tl.load(at, mask=real, other=0.0)
-    raw_second = tl.load(at + HALF, mask=real, other=0.0)
+    column = head[:, None] * HEAD_DIM + dim
+    at = row.to(tl.int64) * qkv_stride + column
+    raw_first = _projected(qkv, parts, bias, at, column, real, part_stride, SPLITS)
+    raw_second = _projected(qkv, parts, bias, at + HALF, column + HALF, real, part_stride, SPLITS)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if q_norm is not None:
         total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
@@ -85,12 +112,16 @@ def _rotary_kernel(
     turned_second += first * tl.load(sin + angle + HALF, mask=within, other=0.0).to(tl.float32)
     turned_first = turned_first.to(raw_first.dtype)
     turned_second = turned_second.to(raw_first.dtype)
-    # Values stay as they are. Where threads outnumber the tile several hold the same numbers, and none
+    # Values stay as they come. Where threads outnumber the tile several hold the same numbers, and none
     # may write before all have read.
     tl.debug_barrier()
     turns = real & (head < NUM_HEADS + NUM_KV_HEADS)[:, None]
-    tl.store(at, turned_first, mask=turns)
-    tl.store(at + HALF, turned_second, mask=turns)
+    tl.store(qkv + at, turned_first, mask=turns)
+    tl.store(qkv + at + HALF, turned_second, mask=turns)
+    if parts is not None:
+        stays = real & (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
+        tl.store(qkv + at, raw_first, mask=stays)
+        tl.store(qkv + at + HALF, raw_second, mask=stays)
 
     draft = row % num_rows
     if draft < num_drafts:
@@ -161,6 +192,8 @@ def rotate_and_store(
     prefix_lens: Tensor,
     num_drafts: int,
     rows: int,
+    parts: Tensor | None = None,
+    bias: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Norms and rotates the queries and keys of a step in place, and stores its draft rows in the cache.
@@ -179,6 +212,8 @@ def rotate_and_store(
         page_table: int `[B, max_pages]`, the pages of each sequence in order.
         prefix_lens: int `[B]`, committed tokens.
         num_drafts: 0 to W.
+        parts: float32 `[splits, *qkv.shape]`, contiguous: qkv, which is then only written, is their sum.
+        bias: `[(num_heads + 2 * num_kv_heads) * head_dim]`, added to the parts; only with them.
         pdl: programmatic dependent launch; CUDA on Hopper or later only.
     """
     heads = num_heads + 2 * num_kv_heads
@@ -187,14 +222,20 @@ def rotate_and_store(
         qkv, cos, sin, positions, (q_norm, k_norm), (key_pages, value_pages), page_table, prefix_lens,
         (rows, heads, head_dim),
     )  # fmt: skip
+    if parts is None:
+        assert bias is None, "a bias goes with parts"
+    else:
+        assert parts.shape[1:] == qkv.shape, (parts.shape, qkv.shape)
+        assert parts.is_contiguous(), parts.stride()
+        assert qkv.is_contiguous(), qkv.stride()
     half_tile = triton.next_power_of_2(head_dim // 2)
     tile_h = min(HEADS_PER_PROGRAM, triton.next_power_of_2(heads))
     _rotary_kernel[(len(qkv), triton.cdiv(heads, tile_h))](
-        qkv, cos, sin, positions, q_norm, k_norm, key_pages, value_pages, page_table, prefix_lens,
-        qkv.stride(0), cos.stride(0), key_pages.stride(0), key_pages.stride(1),
+        qkv, parts, bias, cos, sin, positions, q_norm, k_norm, key_pages, value_pages, page_table,
+        prefix_lens, qkv.stride(0), qkv.numel(), cos.stride(0), key_pages.stride(0), key_pages.stride(1),
         value_pages.stride(0), value_pages.stride(1), page_table.stride(0), page_table.shape[1],
         num_drafts, rows, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_TILE=half_tile,
-        TILE_H=tile_h, PAGE_SIZE=page_size, PDL=pdl,
+        TILE_H=tile_h, PAGE_SIZE=page_size, SPLITS=1 if parts is None else len(parts), PDL=pdl,
         num_warps=max(1, min(4, tile_h * half_tile // 256)), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

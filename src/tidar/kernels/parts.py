@@ -1,0 +1,286 @@
+"""Linear layers for the 3 to 128 rows of a decode step: every weight read once, by matrix units.
+
+A tile of weight rows is multiplied with all rows of x, so the programs share out the weights and nothing
+else. Where that leaves multiprocessors idle the columns are shared out as well: the result then comes in
+float32 parts, and whatever runs next, which would have to read it anyway, adds them up
+(`tidar.kernels.between.add_parts`, `tidar.kernels.rotary`). No atomics, so sums are the same every time.
+"""
+
+# Triton has no types that mypy could read, so its decorator hides those of the kernels.
+# mypy: disable-error-code="untyped-decorator"
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_ROWS = 128
+"""Rows that one launch takes."""
+
+MIN_TILE = 16
+"""Rows of the smallest product that matrix units do."""
+
+ALIGNMENT = 16
+"""Bytes at which rows of x and of the weights must start, for the GPU's copy engine."""
+
+SHARED_MEMORY = 227 << 10
+"""Bytes of shared memory that a program may have on a Hopper GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsConfig:
+    """How one launch is cut up; changes speed, and results by rounding only.
+
+    Attributes:
+        tile_n: weight rows of a program, a power of two from 16; gated: so many gate rows and up rows.
+        tile_k: columns per loop step, a power of two from 16.
+        splits: programs that share the columns of a tile; each leaves a part. 1 where gated.
+        num_stages: loop steps whose loads are under way at a time.
+    """
+
+    tile_n: int
+    tile_k: int
+    splits: int = 1
+    num_stages: int = 4
+    num_warps: int = 4
+
+
+def row_tiles(rows: int) -> tuple[int, int]:
+    """Two powers of two (the second may be 0) that hold `rows` with as little room left as possible."""
+    whole = max(MIN_TILE, triton.next_power_of_2(rows))
+    head = whole // 2
+    if rows <= head or head < MIN_TILE:
+        return whole, 0
+    rest = max(MIN_TILE, triton.next_power_of_2(rows - head))
+    return (head, rest) if rest < head else (whole, 0)
+
+
+@cache
+def default_config(
+    rows: int,
+    n: int,
+    k: int,
+    gated: bool = False,
+    *,
+    itemsize: int = 2,
+    sms: int = 132,
+    shared_memory: int = SHARED_MEMORY,
+) -> PartsConfig:
+    """The configuration to use where nothing was measured: about one program a multiprocessor.
+
+    rows: of x. n: weight rows, gate and up counted both. k: columns. itemsize: bytes of a number. sms,
+    shared_memory: multiprocessors of the GPU, and bytes of each for a program.
+    """
+    tile_k = (64 if gated else 128) if itemsize <= 2 else 32
+    tile_n = 64
+    if gated:
+        while tile_n > 16 and triton.cdiv(n // 2, tile_n) < sms // 2:
+            tile_n //= 2
+    steps = triton.cdiv(k, tile_k)
+    splits = 1 if gated else max(1, min(sms // triton.cdiv(n, tile_n), steps))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without work
+    stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows))) * tile_k * itemsize
+    stages = max(2, min(4 if gated else 5, shared_memory // stage))
+    return PartsConfig(tile_n=tile_n, tile_k=tile_k, splits=splits, num_stages=stages)
+
+
+@triton.jit
+def _product(
+    weight: tl.tensor,
+    x: tl.tensor,
+    total: tl.tensor,
+) -> tl.tensor:
+    """Weights `[N, K]` times rows `[M, K]`, added to `[N, M]`."""
+    return tl.dot(weight, tl.trans(x), total, input_precision="ieee")
+
+
+@triton.jit
+def _store(
+    out: tl.tensor,
+    result: tl.tensor,
+    column: tl.tensor,
+    columns: tl.tensor,
+    row: tl.tensor,
+    rows: tl.tensor,
+) -> None:
+    """`[N, M]` to the rows `row` and columns `column` of `out`."""
+    at = out + row[None, :] * columns + column[:, None]
+    real = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _parts_kernel(
+    x_head: tl.tensor,
+    x_rest: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    steps: tl.tensor,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Grid: (tiles of weight rows, splits). x_head, x_rest, weight: descriptors; HEAD + REST rows of x."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    first_n = tl.program_id(0) * TILE_N
+    split = tl.program_id(1)
+    first_k = split * steps * TILE_K
+    head = tl.zeros((TILE_N, HEAD), tl.float32)
+    if REST > 0:
+        rest = tl.zeros((TILE_N, REST), tl.float32)
+    # What lies behind the last row or column loads as zeros.
+    for at in tl.range(first_k, tl.minimum(first_k + steps * TILE_K, k), TILE_K):
+        tile = weight.load([first_n, at])
+        head = _product(tile, x_head.load([0, at]), head)
+        if REST > 0:
+            rest = _product(tile, x_rest.load([HEAD, at]), rest)
+    column = first_n + tl.arange(0, TILE_N)
+    part = out + split.to(tl.int64) * rows * n
+    _store(part, head, column, n, tl.arange(0, HEAD), rows)
+    if REST > 0:
+        _store(part, rest, column, n, HEAD + tl.arange(0, REST), rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated_kernel(
+    x_head: tl.tensor,
+    x_rest: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    k: tl.tensor,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """TILE_N columns of the result, from as many gate rows and up rows of the weights."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    first_n = tl.program_id(0) * TILE_N
+    gate_head = tl.zeros((TILE_N, HEAD), tl.float32)
+    up_head = tl.zeros((TILE_N, HEAD), tl.float32)
+    if REST > 0:
+        gate_rest = tl.zeros((TILE_N, REST), tl.float32)
+        up_rest = tl.zeros((TILE_N, REST), tl.float32)
+    for at in tl.range(0, k, TILE_K):
+        gate = weight.load([first_n, at])
+        up = weight.load([size + first_n, at])
+        x = x_head.load([0, at])
+        gate_head = _product(gate, x, gate_head)
+        up_head = _product(up, x, up_head)
+        if REST > 0:
+            x = x_rest.load([HEAD, at])
+            gate_rest = _product(gate, x, gate_rest)
+            up_rest = _product(up, x, up_rest)
+    column = first_n + tl.arange(0, TILE_N)
+    if bias is not None:
+        inside = column < size
+        gate_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+        up_bias = tl.load(bias + size + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+        gate_head += gate_bias
+        up_head += up_bias
+        if REST > 0:
+            gate_rest += gate_bias
+            up_rest += up_bias
+    result = gate_head * tl.sigmoid(gate_head) * up_head
+    _store(out, result, column, size, tl.arange(0, HEAD), rows)
+    if REST > 0:
+        result = gate_rest * tl.sigmoid(gate_rest) * up_rest
+        _store(out, result, column, size, HEAD + tl.arange(0, REST), rows)
+
+
+def device_shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on this GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether the GPU's copy engine reads this matrix: contiguous, each row at a multiple of 16 bytes."""
+    row = matrix.shape[1] * matrix.element_size()
+    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0 and row % ALIGNMENT == 0
+
+
+def _descriptors(
+    x: Tensor, weight: Tensor, config: PartsConfig
+) -> tuple[TensorDescriptor, TensorDescriptor | None, TensorDescriptor, int, int]:
+    """Both tiles of x and the weights as the copy engine sees them, and the rows of the two tiles."""
+    assert x.shape[1] == weight.shape[1], (x.shape, weight.shape)
+    assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
+    assert 1 <= len(x) <= MAX_ROWS, f"{len(x)} rows; one launch takes 1 to {MAX_ROWS}"
+    assert aligned(x), (x.shape, x.stride(), x.dtype)
+    assert aligned(weight), (weight.shape, weight.stride(), weight.dtype)
+    head, rest = row_tiles(len(x))
+
+    def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, [rows, config.tile_k])
+
+    return (
+        describe(x, head),
+        describe(x, rest) if rest else None,
+        describe(weight, config.tile_n),
+        head,
+        rest,
+    )
+
+
+def linear_parts(x: Tensor, weight: Tensor, *, config: PartsConfig, pdl: bool = False) -> Tensor:
+    """`x @ weight.T` of 1 to 128 rows as float32 parts `[splits, M, N]`, whose sum over dim 0 it is.
+
+    Args:
+        x: `[M, K]`, contiguous.
+        weight: `[N, K]`, contiguous, of x's dtype; a row of either is a multiple of 16 bytes (`aligned`).
+        config: how to cut the launch up.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    (rows, k), n = x.shape, weight.shape[0]
+    x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
+    out = torch.empty(config.splits, rows, n, dtype=torch.float32, device=x.device)
+    steps = triton.cdiv(triton.cdiv(k, config.tile_k), config.splits)
+    _parts_kernel[(triton.cdiv(n, config.tile_n), config.splits)](
+        x_head, x_rest, weights, out, rows, n, k, steps,
+        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    config: PartsConfig,
+    pdl: bool = False,
+) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)` of 1 to 128 rows: `[M, N / 2]` in x's dtype.
+
+    weight: `[N, K]`, N/2 gate rows, then N/2 up rows; bias: `[N]` or None. Otherwise as `linear_parts`.
+    """
+    (rows, k), size = x.shape, weight.shape[0] // 2
+    x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
+    out = x.new_empty(rows, size)
+    _gated_kernel[(triton.cdiv(size, config.tile_n),)](
+        x_head, x_rest, weights, bias, out, rows, size, k,
+        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
