@@ -22,8 +22,8 @@ from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, lau
 
 _LOG2_E = math.log2(math.e)
 
-SUM_TILE = 4096
-"""Numbers that a program of the sum loads at once."""
+SUM_TILE = 8192
+"""Numbers that a program of the sum adds up."""
 
 
 @triton.jit
@@ -284,23 +284,21 @@ def _sum_kernel(
     # Parts past the active ones are of an earlier launch, or of none: neither may count.
     part = tl.arange(0, ALL_PARTS)[:, None]
     exists = (part < active) & real[None, :]
-    at = (program * splits + part) * (2 * TILE_M) + lane[None, :]
-    peaks = tl.load(stats + at, mask=exists, other=-1e30)
-    totals = tl.load(stats + at + TILE_M, mask=exists, other=0.0)
-    dims = tl.arange(0, TILE_D)
-    inside = exists[:, :, None] & (dims < HEAD_DIM)[None, None, :]
-    cells = (program * splits + part).to(tl.int64) * (TILE_M * HEAD_DIM) + lane[None, :] * HEAD_DIM
-    vectors = tl.load(parts + cells[:, :, None] + dims[None, None, :], mask=inside, other=0.0)
-    weights = tl.exp2(peaks - tl.max(peaks, 0)[None, :])
-    total = tl.sum(totals * weights, 0)
-    result = tl.sum(vectors * weights[:, :, None], 0) / tl.where(real, total, 1.0)[:, None]
-    _store(
-        out + batch * out_batch + row * out_row + query_head * HEAD_DIM,
-        result,
-        real,
-        HEAD_DIM,
-        TILE_D,
-    )
+    stat = stats + program * splits * (2 * TILE_M) + lane
+    peaks = tl.load(stat[None, :] + part * (2 * TILE_M), mask=exists, other=-1e30)
+    totals = tl.load(stat[None, :] + part * (2 * TILE_M) + TILE_M, mask=exists, other=0.0)
+    peak = tl.max(peaks, 0)
+    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
+    cell = parts + program.to(tl.int64) * splits * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
+    result = tl.zeros([LANES, TILE_D], tl.float32)
+    # Laid out flat, so that all loads are under way at once.
+    for index in tl.static_range(ALL_PARTS):
+        exist = real & (index < active)
+        weight = tl.exp2(tl.load(stat + index * (2 * TILE_M), mask=exist, other=-1e30) - peak)
+        vectors = _load(cell + index * (TILE_M * HEAD_DIM), exist, HEAD_DIM, TILE_D)
+        result += vectors * weight[:, None]
+    at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
+    _store(at, result / tl.where(real, total, 1.0)[:, None], real, HEAD_DIM, TILE_D)
 
 
 def paged_attention(
@@ -433,7 +431,7 @@ def _launch(
         TILE_D=tile_d,
         LANES=lanes,
         PDL=pdl,
-        num_warps=4,
+        num_warps=max(1, lanes * tile_d // 256),
         **early,
     )
 

@@ -28,13 +28,15 @@ def _projected(
 ) -> tl.tensor:
     """Entries `at` of the projection: as `qkv` has them, or the sum of its parts and bias."""
     if parts is None:
-        return tl.load(qkv + at, mask=real, other=0.0)
-    total = tl.load(parts + at, mask=real, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(parts + split * part_stride + at, mask=real, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
-    return total.to(qkv.dtype.element_ty)
+        entries = tl.load(qkv + at, mask=real, other=0.0)
+    else:
+        total = tl.load(parts + at, mask=real, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            total += tl.load(parts + split * part_stride + at, mask=real, other=0.0)
+        if bias is not None:
+            total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+        entries = total.to(qkv.dtype.element_ty)
+    return entries
 
 
 @triton.jit(do_not_specialize=["table_width", "num_drafts", "num_rows"])
