@@ -16,6 +16,7 @@ from models import TRITON_REQUIRED
 from torch import Tensor
 
 from tidar.kernels.attention_launch import (
+    MAX_SPLITS,
     AttentionWorkspace,
     LaunchConfig,
     attention_workspace,
@@ -253,10 +254,11 @@ def test_launch_defaults(rows: int, head_dim: int) -> None:
 
 
 def test_default_splits_fill_the_device_once() -> None:
-    assert default_splits(1, 2, 1, 132) == 32
-    assert default_splits(1, 8, 1, 132) == 16
-    assert default_splits(1, 2, 11, 132, tile_m=64) == 6
-    assert default_splits(64, 8, 1, 132) == 1
+    assert default_splits(1, 2, 1, 132, most_tiles=100) == MAX_SPLITS
+    assert default_splits(1, 8, 1, 132, most_tiles=100) == 16
+    assert default_splits(1, 8, 1, 132, most_tiles=5) == 5
+    assert default_splits(1, 2, 11, 132, most_tiles=100) == 6
+    assert default_splits(64, 8, 1, 132, most_tiles=100) == 1
 
 
 def test_wrong_shapes_are_refused(kernel: ModuleType) -> None:

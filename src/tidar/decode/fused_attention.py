@@ -81,7 +81,7 @@ class FusedAttention:
             pdl=self.pdl,
         )
         q, k, v = qkv.view(batch, width, -1, dim).split((heads, kv_heads, kv_heads), dim=2)
-        cut = self._cut(batch, width)
+        cut = self._cut(width)
         splits, workspace = self._plan(batch, width, cut)
         return paged_attention(
             q,
@@ -98,11 +98,11 @@ class FusedAttention:
             pdl=self.pdl,
         ).flatten(0, 1)
 
-    def _cut(self, batch: int, width: int) -> LaunchConfig:
-        """How attention over steps of this size is cut up."""
+    def _cut(self, width: int) -> LaunchConfig:
+        """How attention over steps of this width is cut up."""
         config = self.config
-        group, heads = config.num_heads // config.num_kv_heads, batch * config.num_kv_heads
-        return launch_config(width, group, config.head_dim, self.dtype.itemsize, heads=heads)
+        group = config.num_heads // config.num_kv_heads
+        return launch_config(width, group, config.head_dim, self.dtype.itemsize)
 
     def _plan(
         self, batch: int, width: int, cut: LaunchConfig
@@ -110,7 +110,10 @@ class FusedAttention:
         """Splits and their memory for steps up to this size; one captured graph serves all contexts."""
         config = self.config
         tiles = cut.lane_tiles(width, config.num_heads // config.num_kv_heads)
-        splits = default_splits(batch, config.num_kv_heads, tiles, self.sms, tile_m=cut.tile_m)
+        longest = -(-config.max_positions // cut.tile_n) + -(-width // cut.tile_n)
+        splits = default_splits(
+            batch, config.num_kv_heads, tiles, self.sms, most_tiles=-(-longest // cut.min_share)
+        )
         if splits == 1:
             return 1, None
         # Widths are rounded up, so that prompts of all lengths share a few workspaces.

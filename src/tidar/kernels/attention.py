@@ -22,7 +22,7 @@ from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, lau
 
 _LOG2_E = math.log2(math.e)
 
-SUM_TILE = 8192
+SUM_TILE = 4096
 """Numbers that a program of the sum adds up."""
 
 

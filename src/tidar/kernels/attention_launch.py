@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_SPLITS = 32
+"""More parts than that take longer to add up than they save."""
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
@@ -26,35 +29,34 @@ class LaunchConfig:
         return _tiles(rows * group, self.tile_m)
 
 
-def launch_config(
-    rows: int, group: int, head_dim: int, itemsize: int = 2, *, heads: int = 8
-) -> LaunchConfig:
+def launch_config(rows: int, group: int, head_dim: int, itemsize: int = 2) -> LaunchConfig:
     """Defaults for a Hopper GPU, measured on one H200; `dataclasses.replace` varies them.
 
-    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; heads: key
-    heads of all sequences.
+    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element.
     """
     lanes = rows * group
     if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
         return LaunchConfig(tile_m=16, tile_n=32, num_warps=4, num_stages=3, min_share=2)
     wide = head_dim > 128
-    tile_m = 128 if lanes > 1024 and not wide else min(64, _lane_unit(lanes))
+    tile_m = 128 if lanes > 1024 and not wide else 16 if lanes <= 16 else 64
     return LaunchConfig(
         tile_m=tile_m,
         tile_n=32 if wide else 64,
-        # With few heads there are many splits, short ones: what counts is how soon each begins.
-        num_warps=8 if tile_m == 128 or wide or (tile_m == 64 and heads < 4) else 4,
-        num_stages=3 if tile_m <= 64 and heads < 4 and not wide else 5,
-        min_share=2 if tile_m <= 32 else 4,
+        num_warps=8 if tile_m == 128 or wide else 4,
+        num_stages=5,
+        min_share=1 if tile_m == 16 else 2,
     )
 
 
 def default_splits(
-    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, tile_m: int = 16
+    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, most_tiles: int
 ) -> int:
-    """Splits that fill `num_sms` multiprocessors once, held down where merging would cost more."""
+    """Splits that fill `num_sms` multiprocessors once.
+
+    most_tiles: shares of keys, `min_share` tiles each, in the longest sequence; more splits were idle.
+    """
     programs = batch * num_kv_heads * lane_tiles
-    return max(1, min(num_sms // programs, 512 // tile_m))
+    return max(1, min(num_sms // programs, most_tiles, MAX_SPLITS))
 
 
 def _tiles(count: int, tile: int) -> int:
@@ -68,8 +70,8 @@ def _power(count: int) -> int:
 
 
 def _lane_unit(lanes: int) -> int:
-    """The largest tile of lanes that makes sense."""
-    return min(128, max(16, _power(lanes)))
+    """The largest tile of lanes that makes sense: 64 may be launched wherever 16 are too few."""
+    return 16 if lanes <= 16 else min(128, max(64, _power(lanes)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Choosing a token per row of logits: `tidar.sampling.choose_rows` without top-k and top-p, in one launch.
 
-The vocabulary of a row is cut into tiles, one program each, because few rows alone would leave a GPU
-idle; the program that arrives last for a row compares the winners of its tiles. The noise is that of
+The vocabulary of a row is shared by many programs, because few rows alone would leave a GPU idle; the
+one that arrives last for a row compares the winners of all. The noise is that of
 `tidar.sampling.gumbel_noise`, bit for bit up to the rounding of two logarithms: it is a function of
 (seed, position, token id) alone, so no noise is ever stored.
 """
@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_V = 2048
-"""Vocabulary entries of a program."""
+TILE_V = 1024
+"""Vocabulary entries that a program takes at a time."""
+
+PROGRAMS = 2048
+"""About how many programs fill a GPU once; with more than that each takes several tiles."""
 
 # The constants of tidar.sampling, signed as int64 holds them.
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
@@ -63,51 +66,55 @@ def _choose_kernel(
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    ALL_TILES: tl.constexpr,
+    SHARES: tl.constexpr,
+    ALL_SHARES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """The best of one tile, and by the last program of a row the best of all; grid (rows, tiles)."""
+    """The best of TILES tiles, and by the last program of a row the best of all; grid (rows, SHARES)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    tile = tl.program_id(1)
-    token = tile * TILE + tl.arange(0, TILE)
-    at = logits + row.to(tl.int64) * logits_stride + token
-    scores = tl.load(at, mask=token < VOCAB, other=-float("inf")).to(tl.float32)
-    scores = tl.where(token == mask_token_id, -float("inf"), scores)
+    share = tl.program_id(1)
     temperature = tl.load(temperatures + row)
-    if temperature > 0.0:
-        noise = _gumbel(tl.load(seeds + row), tl.load(positions + row), token)
-        scores = tl.div_rn(scores, tl.zeros((TILE,), tl.float32) + temperature) + noise
-    # Of equal scores the lower token wins, in a tile and, tiles being in order, among tiles.
-    score, place = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    mine = row * TILES + tile
+    best = tl.full((TILE,), -float("inf"), tl.float32)
+    best_token = share * TILES * TILE + tl.arange(0, TILE)
+    for tile in tl.range(0, TILES):
+        token = (share * TILES + tile) * TILE + tl.arange(0, TILE)
+        at = logits + row.to(tl.int64) * logits_stride + token
+        scores = tl.load(at, mask=token < VOCAB, other=-float("inf")).to(tl.float32)
+        scores = tl.where(token == mask_token_id, -float("inf"), scores)
+        if temperature > 0.0:
+            noise = _gumbel(tl.load(seeds + row), tl.load(positions + row), token)
+            scores = tl.div_rn(scores, tl.zeros((TILE,), tl.float32) + temperature) + noise
+        better = scores > best
+        best = tl.where(better, scores, best)
+        best_token = tl.where(better, token, best_token)
+    # Of equal scores the lower token wins, here and among shares.
+    score = tl.max(best, axis=0)
+    mine = row * SHARES + share
     tl.store(best_scores + mine, score)
-    tl.store(best_tokens + mine, tile * TILE + place)
+    tl.store(best_tokens + mine, tl.min(tl.where(best == score, best_token, VOCAB), axis=0))
     # The atomic is one thread's; the barriers tie the loads and stores of the others to it.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + row, 1, sem="acq_rel")
     tl.debug_barrier()
-    if arrived == TILES - 1:
+    if arrived == SHARES - 1:
         tl.store(counters + row, 0)  # ready for the next launch, also inside a CUDA graph
-        other = tl.arange(0, ALL_TILES)
-        ranked = tl.load(
-            best_scores + row * TILES + other,
-            mask=other < TILES,
-            other=-float("inf"),
-            cache_modifier=".cg",
-        )
-        _, winner = tl.max(ranked, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        chosen = tl.load(best_tokens + row * TILES + winner, cache_modifier=".cg")
+        other = tl.arange(0, ALL_SHARES)
+        at = row * SHARES + other
+        there = other < SHARES
+        ranked = tl.load(best_scores + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+        tokens = tl.load(best_tokens + at, mask=there, other=VOCAB, cache_modifier=".cg")
+        chosen = tl.min(tl.where(ranked == tl.max(ranked, axis=0), tokens, VOCAB), axis=0)
         tl.store(out + row, chosen.to(tl.int64))
 
 
 @dataclass(frozen=True, slots=True)
 class ChooseWorkspace:
-    """Where tiles leave their winners; for one stream at a time.
+    """Where programs leave their winners; for one stream at a time.
 
-    scores: float32, tokens: int32, both one entry per row and tile. counters: int32, one per row, all 0
+    scores: float32, tokens: int32, both an entry per row and tile at most. counters: int32, one per row, all 0
     between launches.
     """
 
@@ -166,12 +173,15 @@ def choose_rows(
         assert vector.shape == (rows,), (vector.shape, rows)
         assert vector.dtype == dtype, (vector.dtype, dtype)
         assert vector.is_contiguous()
-    assert workspace.scores.numel() >= rows * tiles, (workspace.scores.numel(), rows, tiles)
+    each = max(1, rows * tiles // PROGRAMS)
+    shares = triton.cdiv(tiles, each)
+    assert workspace.scores.numel() >= rows * shares, (workspace.scores.numel(), rows, shares)
     assert workspace.counters.numel() >= rows, (workspace.counters.numel(), rows)
-    _choose_kernel[(rows, tiles)](
+    _choose_kernel[(rows, shares)](
         logits, positions, seeds, temperatures, out,
         workspace.scores, workspace.tokens, workspace.counters, logits.stride(0), mask_token_id,
-        VOCAB=vocab, TILE=TILE_V, TILES=tiles, ALL_TILES=triton.next_power_of_2(tiles), PDL=pdl,
+        VOCAB=vocab, TILE=TILE_V, TILES=each, SHARES=shares,
+        ALL_SHARES=triton.next_power_of_2(shares), PDL=pdl,
         num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

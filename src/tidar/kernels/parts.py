@@ -76,16 +76,19 @@ def default_config(
     shared_memory: multiprocessors of the GPU, and bytes of each for a program.
     """
     tile_k = (64 if gated else 128) if itemsize <= 2 else 32
-    tile_n = 64
-    if gated:
-        while tile_n > 16 and triton.cdiv(n // 2, tile_n) < sms // 2:
-            tile_n //= 2
+    tile_n = 64  # what the matrix units take at a time
     steps = triton.cdiv(k, tile_k)
     splits = 1 if gated else max(1, min(sms // triton.cdiv(n, tile_n), steps))
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without work
+    own_steps = triton.cdiv(steps, splits)
     stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows))) * tile_k * itemsize
-    stages = max(2, min(4 if gated else 5, shared_memory // stage))
-    return PartsConfig(tile_n=tile_n, tile_k=tile_k, splits=splits, num_stages=stages)
+    # Memory for more stages than there are steps would only keep the next kernel from starting early.
+    stages = max(2, min(4, own_steps, shared_memory // stage))
+    return PartsConfig(
+        tile_n=tile_n,
+        tile_k=tile_k,
+        splits=triton.cdiv(steps, own_steps),  # none without work
+        num_stages=stages,
+    )
 
 
 @triton.jit
@@ -142,9 +145,12 @@ def _parts_kernel(
     # What lies behind the last row or column loads as zeros.
     for at in tl.range(first_k, tl.minimum(first_k + steps * TILE_K, k), TILE_K):
         tile = weight.load([first_n, at])
-        head = _product(tile, x_head.load([0, at]), head)
+        x = x_head.load([0, at])
         if REST > 0:
-            rest = _product(tile, x_rest.load([HEAD, at]), rest)
+            more = x_rest.load([HEAD, at])
+        head = _product(tile, x, head)
+        if REST > 0:
+            rest = _product(tile, more, rest)
     column = first_n + tl.arange(0, TILE_N)
     part = out + split.to(tl.int64) * rows * n
     _store(part, head, column, n, tl.arange(0, HEAD), rows)
@@ -180,14 +186,15 @@ def _gated_kernel(
         up_rest = tl.zeros((TILE_N, REST), tl.float32)
     for at in tl.range(0, k, TILE_K):
         gate = weight.load([first_n, at])
-        up = weight.load([size + first_n, at])
         x = x_head.load([0, at])
+        up = weight.load([size + first_n, at])
+        if REST > 0:
+            more = x_rest.load([HEAD, at])
         gate_head = _product(gate, x, gate_head)
         up_head = _product(up, x, up_head)
         if REST > 0:
-            x = x_rest.load([HEAD, at])
-            gate_rest = _product(gate, x, gate_rest)
-            up_rest = _product(up, x, up_rest)
+            gate_rest = _product(gate, more, gate_rest)
+            up_rest = _product(up, more, up_rest)
     column = first_n + tl.arange(0, TILE_N)
     if bias is not None:
         inside = column < size
