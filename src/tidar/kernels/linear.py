@@ -20,9 +20,6 @@ from torch import Tensor
 MAX_ROWS = 2
 """Rows that one launch takes."""
 
-PDL_WEIGHTS = 15_000_000
-"""Weights up to which a launch is worth overlapping with the one before (measured on one H200)."""
-
 WARP_K = 256
 """Neighbouring 16-bit weights that a warp loads at once, 16 bytes a thread."""
 
@@ -106,7 +103,7 @@ def default_config(
         tile_n, warps = 4, 2
     else:
         tile_n, warps = 1, 1
-    return replace(_config(k, min(tile_n, 8 // m), warps, stages), pdl=pdl and n * k < PDL_WEIGHTS)
+    return replace(_config(k, min(tile_n, 8 // m), warps, stages), pdl=pdl)
 
 
 @triton.jit
@@ -205,7 +202,6 @@ def _gemv_kernel(
     """TILE_N weight rows."""
     row = _weight_rows(N, TILE_N, GATED)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # Products add up element by element; threads meet once, behind the loop.
     sums_0 = tl.zeros((TILE_N, TILE_K), tl.float32)
@@ -230,6 +226,8 @@ def _gemv_kernel(
         sums_0 += tile * x_0[None, :]
         if ROWS == 2:
             sums_1 += tile * x_1[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     sum_0 = tl.sum(sums_0, axis=1)
     if norm_weight is not None:
         sum_0 *= tl.rsqrt(tl.sum(squares_0, axis=0) / K + eps)

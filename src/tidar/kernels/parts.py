@@ -82,7 +82,8 @@ def default_config(
     own_steps = triton.cdiv(steps, splits)
     stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows))) * tile_k * itemsize
     # Memory for more stages than there are steps would only keep the next kernel from starting early.
-    stages = max(2, min(4, own_steps, shared_memory // stage))
+    most = 3 if gated and sum(row_tiles(rows)) == MAX_ROWS else 4
+    stages = max(2, min(most, own_steps, shared_memory // stage))
     return PartsConfig(
         tile_n=tile_n,
         tile_k=tile_k,
@@ -133,12 +134,11 @@ def _parts_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """Grid: (tiles of weight rows, splits). x_head, x_rest, weight: descriptors; HEAD + REST rows of x."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     first_n = tl.program_id(0) * TILE_N
     split = tl.program_id(1)
     first_k = split * steps * TILE_K
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     head = tl.zeros((TILE_N, HEAD), tl.float32)
     if REST > 0:
         rest = tl.zeros((TILE_N, REST), tl.float32)
@@ -151,6 +151,8 @@ def _parts_kernel(
         head = _product(tile, x, head)
         if REST > 0:
             rest = _product(tile, more, rest)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     column = first_n + tl.arange(0, TILE_N)
     part = out + split.to(tl.int64) * rows * n
     _store(part, head, column, n, tl.arange(0, HEAD), rows)
@@ -175,10 +177,9 @@ def _gated_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """TILE_N columns of the result, from as many gate rows and up rows of the weights."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     first_n = tl.program_id(0) * TILE_N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     gate_head = tl.zeros((TILE_N, HEAD), tl.float32)
     up_head = tl.zeros((TILE_N, HEAD), tl.float32)
     if REST > 0:
@@ -195,6 +196,8 @@ def _gated_kernel(
         if REST > 0:
             gate_rest = _product(gate, more, gate_rest)
             up_rest = _product(up, more, up_rest)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     column = first_n + tl.arange(0, TILE_N)
     if bias is not None:
         inside = column < size

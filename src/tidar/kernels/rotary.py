@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_PER_PROGRAM = 8
+HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
