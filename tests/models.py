@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tidar.attention import dense_attend
 from tidar.decode.engine import Engine, FixedPlan
+from tidar.decode.paged_engine import PagedEngine
 from tidar.decode.request import FinishReason, Request
 from tidar.layout import Schedule
 from tidar.methods import Method
@@ -232,7 +233,9 @@ def make_engine(
 
 
 def run_engine(
-    engine: Engine, requests: Sequence[Request], after: Callable[[], None] | None = None
+    engine: Engine | PagedEngine,
+    requests: Sequence[Request],
+    after: Callable[[], None] | None = None,
 ) -> list[Run]:
     """Runs all requests to their end; `after` is called after each event."""
     runs: dict[int, Run] = {}
@@ -252,8 +255,9 @@ def run_engine(
         if after is not None:
             after()
     assert all(run.finish is not None for run in runs.values())
-    assert not engine.running
-    assert not engine.waiting
+    if isinstance(engine, Engine):
+        assert not engine.running
+        assert not engine.waiting
     return [runs[request_id] for request_id in sorted(runs)]
 
 

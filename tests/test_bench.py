@@ -1,6 +1,7 @@
 """The benchmark: clocks add up, repetition and answers are counted right, differences are found."""
 
 import json
+import subprocess
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -217,6 +218,26 @@ def test_commit_of_an_exported_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert git_state(tmp_path) is None
     monkeypatch.setenv("TIDAR_COMMIT", "abc123")
     assert git_state(tmp_path) == {"commit": "abc123", "dirty": None, "from": "TIDAR_COMMIT"}
+
+
+def test_the_named_commit_wins_over_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copied tree whose .git is older than its files."""
+    monkeypatch.delenv("TIDAR_COMMIT", raising=False)
+    run = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*run, *command], check=True, capture_output=True)
+    found = git_state(tmp_path)
+    assert found is not None
+    assert set(found) == {"commit", "dirty"}
+    assert found["dirty"] is False
+    for name in (found["commit"], found["commit"][:7]):
+        monkeypatch.setenv("TIDAR_COMMIT", name)
+        assert git_state(tmp_path) == {"commit": name, "dirty": False, "from": "TIDAR_COMMIT"}
+    monkeypatch.setenv("TIDAR_COMMIT", "abc123")
+    told = {"commit": "abc123", "dirty": None, "from": "TIDAR_COMMIT"}
+    assert git_state(tmp_path) == {**told, "checkout": found}
 
 
 def test_buckets_that_miss_the_clock_are_refused() -> None:

@@ -137,6 +137,7 @@ def test_a_cell(shape: Path) -> None:
         runs=2,
         engine="paged",
         replay=Acceptance.of_mean(3.0, 8),
+        replays=2,
     )
     cell = measure_cell(model, Cell(100, 3), settings)
     assert (cell["context"], cell["batch"]) == (100, 3)
@@ -145,19 +146,22 @@ def test_a_cell(shape: Path) -> None:
     assert ar["x_ar"]["end_to_end"]["median"] == 1.0
     for name, figures in cell["methods"].items():
         assert figures["label"] == LABEL
-        assert figures["tokens"] == 2 * 3 * 60
+        assert figures["tokens"] == 2 * 3 * 60 * (1 if name == "ar" else 2)
         assert figures["step_milliseconds"]["sequences"] == 3, name
         assert figures["memory"]["cache_bytes"] > 0
         assert not {"distinct_4", "same_as_ar", "same_in_every_run", "exact_match"} & set(figures)
     assert 1.5 < cell["methods"]["tidar:4:dense"]["tokens_per_forward"] <= 4
     expected = cell["methods"]["tidar:8:1,2"]["expected_tokens_per_forward"]
     assert 1 < expected < 3.0
+    gain = cell["methods"]["tidar:8:1,2"]["x_ar"]["decode_at_expected"]
+    assert 0 < gain["min"] <= gain["median"] <= gain["max"]
+    assert ar["x_ar"]["decode_at_expected"]["median"] == 1.0
 
 
 def sweep(shape: Path, *changes: object) -> tuple[object, ...]:
     return (
         "bench", "--shape", shape, "--random-weights", "--replay-acceptance", 3, "--runs", 2,
-        "--methods", "ar,tidar:8:1,2,4,8", "--max-new-tokens", 24, *changes,
+        "--methods", "ar,tidar:8:1,2,4,8", "--max-new-tokens", 24, "--replays", 1, *changes,
     )  # fmt: skip
 
 
@@ -224,7 +228,10 @@ def test_one_cell_without_memory_does_not_stop_the_others(
         (("--replay-acceptance", "9"), "from 1 to 8"),
         (("--replay-acceptance", "0.5"), "from 1 to 8"),
         (("--replay-acceptance", "absent.json"), "neither a number nor"),
+        (("--replays", "0"), "replays is 0"),
         (("--context", "2000"), "does not fit"),
+        (("--context", "980", "--decode-only"), "up to 81 new tokens"),
+        (("--decode-only", "--engine", "plain"), "Only the paged engine"),
         (("--context", "1,x"), "--context '1,x'"),
         (("--batch", "0"), "--batch '0'"),
         (("--engine", "plain"), "Only the paged engine"),
@@ -242,4 +249,6 @@ def test_mistakes_without_a_shape(tmp_path: Path) -> None:
     prompts = ("bench", "--prompts", tmp_path / "p.jsonl")
     assert "--context cannot be used without" in refused(*prompts, "--context", "5")
     assert "--batch with several values" in refused(*prompts, "--batch", "1,2")
-    assert "--replay-acceptance cannot" in refused(*prompts, "--replay-acceptance", "3")
+    for option in (("--replay-acceptance", "3"), ("--replays", "3"), ("--decode-only",)):
+        assert f"{option[0]} cannot be used without" in refused(*prompts, *option)
+    assert "it needs one" in refused("bench", "--shape", "qwen3-8b", "--replays", 2)

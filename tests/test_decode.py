@@ -1,12 +1,10 @@
-"""Laws 2, 3, 5 and 6: TiDAR decoding is AR decoding, and its cache holds what it should."""
+"""Laws 3 and 6: TiDAR's text is that of AR decoding, and at K = 1 so is every step."""
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from models import (
     CHECKPOINTS,
     FAMILIES,
@@ -14,115 +12,16 @@ from models import (
     Run,
     any_model,
     ar_text,
-    assert_equal,
     make_engine,
-    plain_cache,
-    plain_logits,
     random_model,
     random_prompt,
     run_engine,
 )
-from torch import Tensor
+from scripted import ALL_MODELS, SAMPLED, always, method, scripted, span_set, varied
 
-import tidar.decode.reference as reference_module
-from tidar.attention import dense_attend
-from tidar.decode.engine import Engine
-from tidar.decode.reference import ReferenceDecoder, generate_reference
 from tidar.decode.request import Request, Stopper
-from tidar.layout import (
-    AUTOREGRESSIVE,
-    Rows,
-    Schedule,
-    dense,
-    dense_schedule,
-    training_rows,
-)
-from tidar.methods import Draft, Pending, Project, Step, Verdict
-from tidar.methods.tidar import Cell, Tidar
-from tidar.model import Transformer
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.sampling import SamplingParams
-
-ALL_MODELS = (*FAMILIES, *CHECKPOINTS)
-
-SAMPLED: tuple[dict[str, Any], ...] = (
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_k": 8},
-    {"temperature": 1.3, "top_p": 0.9},
-)
-"""Greedy and shared noise; rejection sampling has its own law (4)."""
-
-
-def method(model: Transformer, beta: float = 1.0) -> Tidar:
-    assert model.config.mask_token_id is not None
-    return Tidar(model.config.mask_token_id, beta)
-
-
-def span_set(kind: str, draft_len: int, rng: random.Random) -> tuple[int, ...]:
-    counts = range(1, draft_len + 1)
-    if kind == "random":
-        return tuple(sorted(rng.sample(counts, rng.randint(1, draft_len))))
-    return {"dense": tuple(counts), "single": (1,), "empty": (), "last": (draft_len,)}[kind]
-
-
-Wanted = Callable[[int, int], int]
-"""The accept count to force at (seed, position of d[0])."""
-
-
-def scripted_draft(
-    text: Sequence[int], positions: Sequence[int], wanted: int, mask: int, vocab: int
-) -> tuple[int, ...]:
-    """Draft tokens for `positions`: the first `wanted - 1` are the text's, all others are wrong."""
-    tokens = []
-    for count, position in enumerate(positions, start=1):
-        right = text[position] if position < len(text) else mask
-        wrong = (right + 1) % vocab
-        if wrong == mask:
-            wrong = (wrong + 1) % vocab
-        # Past the known text every token is "wrong", but never the mask token.
-        tokens.append(right if count < wanted and right != mask else wrong)
-    return tuple(tokens)
-
-
-@dataclass(frozen=True)
-class Scripted(Tidar):
-    """TiDAR with drafts that know the AR text up to a wanted length; the seed names the text."""
-
-    texts: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    wanted: Wanted = lambda seed, position: 1
-    vocab: int = 0
-
-    def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
-    ) -> list[Draft]:
-        drafts = []
-        for index, p in enumerate(step.pending):
-            own = [cell.predicts for cell in cells if cell.sequence == index]
-            wanted = self.wanted(p.params.seed, own[0] - 1) if own else 1
-            tokens = scripted_draft(
-                self.texts[p.params.seed], own, wanted, self.mask_token_id, self.vocab
-            )
-            drafts.append(Draft(tokens))
-        return drafts
-
-
-def scripted(model: Transformer, texts: dict[int, tuple[int, ...]], wanted: Wanted) -> Scripted:
-    mask = model.config.mask_token_id
-    assert mask is not None
-    return Scripted(mask, texts=texts, wanted=wanted, vocab=model.config.vocab_size)
-
-
-def varied(draft_len: int, salt: int = 0) -> Wanted:
-    """Every accept count from 1 to K comes up, without a pattern."""
-
-    def wanted(seed: int, position: int) -> int:
-        return random.Random(f"{seed}/{position}/{salt}").randint(1, draft_len)
-
-    return wanted
-
-
-def always(count: int) -> Wanted:
-    return lambda seed, position: count
 
 
 def make_stop(count: int) -> Callable[[], Stopper]:
@@ -139,72 +38,6 @@ def make_stop(count: int) -> Callable[[], Stopper]:
         return stop
 
     return make
-
-
-# Law 2
-
-
-@pytest.mark.parametrize("name", ALL_MODELS)
-def test_mask_rows_change_no_clean_logit_in_training(name: str) -> None:
-    """The clean half of the training layout equals each document's own causal forward."""
-    model = any_model(name)
-    lengths = [9, 1, 14, 8]
-    tokens = [random_prompt(model, length, seed) for seed, length in enumerate(lengths)]
-    ids = torch.tensor([[token for own in tokens for token in own]] * 3)
-    document = torch.tensor([[i for i, length in enumerate(lengths) for _ in range(length)]] * 3)
-    rows = training_rows(document, torch.tensor([1, 4, 16]), torch.tensor([0, 3, 5]))
-    masks = torch.full_like(ids, method(model).mask_token_id)
-    with torch.inference_mode():
-        hidden = model(
-            torch.cat([ids, masks], dim=1), rows.position, dense_attend(dense(rows, rows))
-        )
-        logits = model.logits(hidden[:, : ids.shape[1]])
-    expected = torch.cat([plain_logits(model, own) for own in tokens])
-    for row in logits:
-        assert_equal(row, expected)
-
-
-@dataclass(frozen=True)
-class Recorder(Tidar):
-    """Keeps the draft rows' logits of every step."""
-
-    steps: list[tuple[Pending, Tensor]] = field(default_factory=list)
-
-    def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
-        for index, p in enumerate(step.pending):
-            self.steps.append((p, project(hidden[index, : p.length])))
-        return super().resolve(step, hidden, project)
-
-
-@pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("kind", ["dense", "random"])
-def test_mask_rows_change_no_clean_logit_in_decoding(name: str, kind: str) -> None:
-    """The draft rows of every step equal a causal forward over committed and draft tokens."""
-    model = any_model(name)
-    draft_len = 5
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(2)))
-    recorder = Recorder(method(model).mask_token_id)
-    requests = [
-        Request(
-            prompt=random_prompt(model, length, length),
-            max_new_tokens=8,
-            params=SamplingParams(seed=length),
-        )
-        for length in (3, 11, 6)
-    ]
-    runs = run_engine(make_engine(model, recorder, schedule), requests)
-    texts = {
-        request.params.seed: [*request.prompt, *run.ids]
-        for request, run in zip(requests, runs, strict=True)
-    }
-    assert len(recorder.steps) > len(requests)
-    for p, logits in recorder.steps:
-        whole = [*texts[p.params.seed][: p.prefix_len], *p.draft.tokens]
-        expected = plain_logits(model, whole)[p.prefix_len :]
-        assert_equal(logits, expected)
-
-
-# Law 3
 
 
 def check_batch(
@@ -449,197 +282,6 @@ def test_batch_order_changes_nothing(excuses: Excuses) -> None:
             tag = request.params.seed
             excuses.check(run.ids, texts[tag], texts[tag].ids[: request.max_new_tokens])
             assert run == alone[tag]
-
-
-# Engine and specification
-
-
-def reference_runs(
-    model: Transformer, request: Request, schedule: Schedule, beta: float
-) -> tuple[list[int], list[int]]:
-    out = generate_reference(
-        model,
-        request.prompt,
-        max_new_tokens=request.max_new_tokens,
-        schedule=schedule,
-        params=request.params,
-        eos_ids=request.eos_ids,
-        beta=beta,
-    )
-    return out.ids, out.accepts
-
-
-@pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("draft_len", [1, 3, 6, 16])
-def test_engine_equals_reference(name: str, draft_len: int, excuses: Excuses) -> None:
-    """Tokens and accept counts, drafts as the model makes them."""
-    model = any_model(name)
-    rng = random.Random(f"{name}/{draft_len}")
-    for kind in ("dense", "random", "empty"):
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
-        prompt = random_prompt(model, rng.randint(1, 9), rng.randrange(100))
-        params = SamplingParams(seed=rng.randrange(100), **rng.choice(SAMPLED))
-        text = ar_text(model, prompt, 14, params)
-        request = Request(
-            prompt=prompt, max_new_tokens=14, params=params, eos_ids=frozenset({text.ids[-3]})
-        )
-        (run,) = run_engine(make_engine(model, method(model), schedule), [request])
-        assert (run.ids, run.accepts) == reference_runs(model, request, schedule, 1.0)
-        excuses.check(run.ids, text, text.ids[: len(run.ids)])
-
-
-@pytest.mark.parametrize("draft_len", [2, 5, 9])
-@pytest.mark.parametrize("kind", ["dense", "random", "single", "last"])
-def test_engine_equals_reference_when_much_is_accepted(
-    draft_len: int, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scripted drafts on both sides: the specification commits and stops in the same places."""
-    model = random_model("qwen2", limit=40)
-    mask, vocab = method(model).mask_token_id, model.config.vocab_size
-    params = SamplingParams(temperature=0.8, seed=9)
-    prompt = random_prompt(model, 6, 9)
-    text = ar_text(model, prompt, 60, params).all
-    wanted = varied(draft_len)
-
-    class ScriptedReference(ReferenceDecoder):
-        def propose(
-            self, rows: Rows, logits: Tensor, anchor: int, first: int
-        ) -> tuple[list[int], Tensor | None]:
-            length = len(super().propose(rows, logits, anchor, first)[0])
-            positions = range(first, first + length)
-            wish = wanted(9, first - 1)
-            return list(scripted_draft(text, positions, wish, mask, vocab)), None
-
-    monkeypatch.setattr(reference_module, "ReferenceDecoder", ScriptedReference)
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(kind)))
-    chosen = scripted(model, {9: text}, wanted)
-    for eos_ids in (frozenset[int](), frozenset({text[len(prompt) + 12]})):
-        for count in (1, 11, 60):
-            request = Request(prompt=prompt, max_new_tokens=count, params=params, eos_ids=eos_ids)
-            (run,) = run_engine(make_engine(model, chosen, schedule), [request])
-            ids, accepts = reference_runs(model, request, schedule, 1.0)
-            assert (run.ids, run.accepts) == (ids, accepts)
-            assert count == 1 or draft_len == 2 or max(accepts) > 2
-
-
-@pytest.mark.parametrize("draft", ["sample", "argmax"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_engine_equals_reference_under_rejection_sampling(name: str, draft: str) -> None:
-    """The same stream of draws, used in the same order."""
-    model = random_model(name)
-    params: dict[str, Any] = {"sampling": "rejection", "draft": draft}
-    for draft_len, spans in ((4, (1, 2, 3, 4)), (6, (1, 3)), (5, ())):
-        schedule = Schedule(draft_len, spans)
-        request = Request(
-            prompt=random_prompt(model, 5, draft_len),
-            max_new_tokens=20,
-            params=SamplingParams(temperature=1.2, top_k=20, seed=draft_len, **params),
-        )
-        (run,) = run_engine(make_engine(model, method(model), schedule), [request])
-        assert (run.ids, run.accepts) == reference_runs(model, request, schedule, 1.0)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_beta_equals_reference(name: str, beta: float) -> None:
-    """The lossy mixture: greedy, all span sets, to the end of the context; and in a batch."""
-    model = random_model(name, limit=32)
-    rng = random.Random(f"{name}/{beta}")
-    differs = 0
-    for kind in ("dense", "random", "empty", "last"):
-        draft_len = rng.choice([2, 4, 7])
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
-        requests = [
-            Request(prompt=random_prompt(model, length, length), max_new_tokens=count)
-            for length, count in ((31, 40), (22, 40), (4, 15), (1, 12))
-        ]
-        expected = [reference_runs(model, request, schedule, beta) for request in requests]
-        alone = [
-            run_engine(make_engine(model, method(model, beta), schedule), [request])[0]
-            for request in requests
-        ]
-        assert [(run.ids, run.accepts) for run in alone] == expected
-        # In a batch a shorter draft may stand beside longer ones; what it emits is the same.
-        together = run_engine(make_engine(model, method(model, beta), schedule), requests)
-        assert [(run.ids, run.accepts) for run in together] == expected
-        differs += sum(
-            tuple(ids) != ar_text(model, request.prompt, len(ids), SamplingParams()).ids
-            for request, (ids, _) in zip(requests, expected, strict=True)
-        )
-    assert differs > 0  # or the mixture is not there at all
-
-
-# Law 5
-
-
-def check_cache(engine: Engine) -> int:
-    """Every running slot holds what a forward from scratch over its committed tokens gives."""
-    for slot, sequence in enumerate(engine.running):
-        committed = [*sequence.request.prompt, *sequence.emitted][:-1]
-        assert engine.cache.lengths[slot] == len(committed)
-        keys, values = engine.cache.entries(slot)
-        plain_keys, plain_values = plain_cache(engine.model, committed)
-        assert_equal(keys, plain_keys)
-        assert_equal(values, plain_values)
-    for slot in range(len(engine.running), engine.max_batch):
-        assert engine.cache.lengths[slot] == 0
-    return len(engine.running)
-
-
-@pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("force", [True, False])
-def test_cache_equals_one_from_scratch(name: str, force: bool) -> None:
-    """After every event, with sequences that finish, move to other slots and come back."""
-    model = any_model(name)
-    rng = random.Random(f"{name}/{force}")
-    draft_len = 5
-    for kind, preempt in (("dense", False), ("random", True)):
-        texts, requests = {}, []
-        for tag in range(5):
-            prompt = random_prompt(model, rng.randint(1, 12), tag)
-            params = SamplingParams(seed=tag, temperature=float(tag % 2))
-            texts[tag] = ar_text(model, prompt, 24, params).all
-            requests.append(
-                Request(prompt=prompt, max_new_tokens=rng.randint(2, 16), params=params)
-            )
-        chosen = scripted(model, texts, varied(draft_len)) if force else method(model)
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
-        engine = make_engine(model, chosen, schedule, max_batch=3)
-        checked = 0
-
-        def after(engine: Engine = engine, preempt: bool = preempt) -> None:
-            nonlocal checked
-            checked += check_cache(engine)
-            if preempt and engine.running and rng.random() < 0.15:
-                engine.preempt(rng.choice(engine.running).request_id)
-                check_cache(engine)
-
-        runs = run_engine(engine, requests, after)
-        assert checked > 10
-        assert not force or max(n for run in runs for n in run.accepts) >= 4
-
-
-def test_leaving_a_run_early_leaves_nothing_behind(excuses: Excuses) -> None:
-    """An engine whose iterator was dropped goes on as if it were new."""
-    model = random_model("llama")
-    engine = make_engine(model, method(model), dense_schedule(4), max_batch=2)
-    requests = [
-        Request(prompt=random_prompt(model, length, length), max_new_tokens=12)
-        for length in (9, 3, 5)
-    ]
-    events = engine.run(requests)
-    for _ in range(5):
-        next(events)
-    events.close()
-    assert not engine.running
-    assert not engine.waiting
-    assert set(engine.cache.lengths) == {0}
-    runs = run_engine(engine, requests, lambda: check_cache(engine) and None)
-    for request, run in zip(requests, runs, strict=True):
-        excuses.check(run.ids, ar_text(model, request.prompt, 12, SamplingParams()))
-
-
-# Law 6
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])

@@ -5,31 +5,19 @@ Without a GPU the kernel runs in Triton's interpreter (conftest.py).
 
 import pytest
 import torch
-from models import MARGIN, TRITON_REQUIRED
-from torch import Tensor
+from devices import CUDA, DEVICES  # before triton: it skips this file where there is none
 
-from tidar.sampling import SamplingParams, choose, gumbel_noise, process
-
-if not TRITON_REQUIRED:
-    pytest.importorskip("triton")
-
+# isort: split
 import triton
 import triton.language as tl
+from models import MARGIN
+from torch import Tensor
 
 from tidar.kernels.choose import _gumbel, choose_rows, choose_workspace
+from tidar.sampling import SamplingParams, choose, gumbel_noise, process
 
-CUDA = torch.cuda.is_available()
 VOCAB = 5003  # three tiles, the last one partly filled
 MASK = 5000
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="compiled here"), id="interpreted"),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")],
-        id="compiled",
-    ),
-]
 
 
 def run(

@@ -7,28 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import TOLERANCE, TRITON_REQUIRED
+from devices import CUDA, DEVICES
+from models import TOLERANCE
 from torch import Tensor
 
+from tidar.kernels.rotary import rotate_and_store
 from tidar.model import RopeConfig, RotaryEmbedding
 
-if not TRITON_REQUIRED:
-    pytest.importorskip("triton")
-
-from tidar.kernels.rotary import rotate_and_store
-
-CUDA = torch.cuda.is_available()
 EPS = 1e-6
 MAX_POSITIONS = 64
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="compiled here"), id="interpreted"),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")],
-        id="compiled",
-    ),
-]
 
 
 @dataclass

@@ -8,34 +8,20 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
-from models import TRITON_REQUIRED
+from devices import CUDA, DEVICES
 from torch import Tensor
 
 from tidar.decode.slots import NOBODY, Replay, Slots, Stepper, StepShape
+from tidar.kernels.turn import TurnRows, TurnState, prepare_rows, settle_rows
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.paged_cache import PagedRows
 from tidar.sampling import RowParams, mix
 
-if not TRITON_REQUIRED:
-    pytest.importorskip("triton")
-
-from tidar.kernels.turn import TurnRows, TurnState, prepare_rows, settle_rows
-
-CUDA = torch.cuda.is_available()
 MASK = 40
 LIMIT = 90
 SLOTS = 7
 PAGES = 300  # more than one tile of the copy
 MAX_DRAFT = 18  # more than any K here
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="compiled here"), id="interpreted"),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")],
-        id="compiled",
-    ),
-]
 
 SCHEDULES = {
     "ar": AUTOREGRESSIVE,

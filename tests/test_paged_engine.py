@@ -15,6 +15,7 @@ from models import (
     plain_cache,
     random_model,
     random_prompt,
+    run_engine,
 )
 from torch import Tensor
 
@@ -76,20 +77,10 @@ class Irregular(FixedPlan):
 
 
 def collect(engine: PagedEngine, requests: Sequence[Request]) -> list[Run]:
-    runs: dict[int, Run] = {}
-    for event in engine.run(requests):
-        run = runs.setdefault(event.request_id, Run())
-        assert run.finish is None, "an event after the last one"
-        run.ids += event.ids
-        run.finish = event.finish
-        if event.prefill:
-            run.prefills += 1
-        else:
-            run.accepts.append(event.accepted)
-            run.drafted.append(event.drafted)
-            assert 1 <= event.accepted <= event.drafted <= event.schedule.draft_len
+    """Runs all requests to their end; nothing is held afterwards."""
+    runs = run_engine(engine, requests)
     assert_returned(engine)
-    return [runs[request_id] for request_id in sorted(runs)]
+    return runs
 
 
 def assert_returned(engine: PagedEngine) -> None:

@@ -3,6 +3,7 @@
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,11 @@ from tidar.decode.pages import Pages
 from tidar.errors import TidarError
 
 Tokens = tuple[int, ...]
+
+
+def match(pages: Pages, tokens: Sequence[int]) -> int:
+    """How many of these tokens `open` would reuse now."""
+    return deepcopy(pages).open(-1, tokens)
 
 
 @dataclass
@@ -54,7 +60,6 @@ class World:
 
     def open(self, request_id: int, tokens: Sequence[int]) -> None:
         expected = self.expected_match(tokens)
-        assert self.pages.match(tokens) == expected
         assert self.pages.open(request_id, tokens) == expected
         self.committed[request_id] = list(tokens[:expected])
         self.reused += expected
@@ -94,12 +99,6 @@ class World:
             if page in registered and page not in held:
                 self.idle[page] = None
 
-    def trim(self, request_id: int, positions: int) -> None:
-        before = self.table(request_id)
-        self.pages.trim(request_id, positions)
-        assert self.table(request_id) == before[: -(-positions // self.pages.page_size)]
-        self.leave(before[len(self.table(request_id)) :])
-
     def close(self, request_id: int) -> None:
         dropped = self.table(request_id)
         self.pages.close(request_id)
@@ -129,7 +128,7 @@ def random_tokens(rng: random.Random, most: int) -> list[int]:
 def random_operation(world: World, rng: random.Random, fresh: int) -> None:
     pages, size = world.pages, world.pages.page_size
     tokens = random_tokens(rng, 6 * size)
-    assert pages.match(tokens) == world.expected_match(tokens)
+    assert match(pages, tokens) == world.expected_match(tokens)
     if not world.committed or (len(world.committed) < 6 and rng.random() < 0.15):
         needed, free = pages.needed(tokens, len(tokens)), pages.free
         world.open(fresh, tokens)
@@ -148,8 +147,6 @@ def random_operation(world: World, rng: random.Random, fresh: int) -> None:
         world.reserve(request_id, length + rng.randint(0, 3 * size))
     elif kind < 0.75:
         world.commit(request_id, random_tokens(rng, 2 * size)[: rng.randint(0, room)])
-    elif kind < 0.85:
-        world.trim(request_id, length + rng.randint(0, 2 * size))
     else:
         world.close(request_id)
 
@@ -187,19 +184,19 @@ def test_at_most_all_tokens_but_the_last_are_reused() -> None:
     pages = Pages(10, 4)
     tokens = list(range(8))
     filled(pages, 1, tokens)
-    assert pages.match(tokens) == 4
-    assert pages.match([*tokens, 99]) == 8
-    assert pages.match(tokens[:5]) == 4
-    assert pages.match(tokens[:4]) == 0
-    assert pages.match([]) == 0
+    assert match(pages, tokens) == 4
+    assert match(pages, [*tokens, 99]) == 8
+    assert match(pages, tokens[:5]) == 4
+    assert match(pages, tokens[:4]) == 0
+    assert match(pages, []) == 0
 
 
 def test_a_page_is_known_by_all_tokens_before_it() -> None:
     pages = Pages(10, 2)
     filled(pages, 1, [1, 2, 3, 4])
-    assert pages.match([3, 4, 5]) == 0
-    assert pages.match([9, 9, 3, 4, 5]) == 0
-    assert pages.match([1, 2, 9]) == 2
+    assert match(pages, [3, 4, 5]) == 0
+    assert match(pages, [9, 9, 3, 4, 5]) == 0
+    assert match(pages, [1, 2, 9]) == 2
 
 
 def test_only_full_committed_pages_are_reused() -> None:
@@ -207,9 +204,9 @@ def test_only_full_committed_pages_are_reused() -> None:
     pages.open(1, [1, 2, 3, 4, 5])
     assert pages.reserve(1, 8)
     pages.commit(1, [1, 2, 3])
-    assert pages.match([1, 2, 3, 4, 5]) == 0
+    assert match(pages, [1, 2, 3, 4, 5]) == 0
     pages.commit(1, [4])
-    assert pages.match([1, 2, 3, 4, 5]) == 4
+    assert match(pages, [1, 2, 3, 4, 5]) == 4
 
 
 def test_sharing_takes_no_page_and_outlives_the_first_holder() -> None:
@@ -234,14 +231,14 @@ def test_idle_pages_are_taken_back_last_least_recently_used_first_from_the_end_o
     assert (pages.free, pages.cached) == (5, 4)
     pages.open(3, [0])
     assert pages.reserve(3, 2)  # the empty page first
-    assert pages.match([1, 1, 2, 2, 0]) == pages.match([5, 5, 6, 6, 0]) == 4
+    assert match(pages, [1, 1, 2, 2, 0]) == match(pages, [5, 5, 6, 6, 0]) == 4
     assert pages.reserve(3, 4)
-    assert pages.match([1, 1, 2, 2, 0]) == 2
+    assert match(pages, [1, 1, 2, 2, 0]) == 2
     pages.open(4, [1, 1, 0])  # used again, and so no longer the oldest
     pages.close(4)
     assert pages.reserve(3, 6)
-    assert pages.match([5, 5, 6, 6, 0]) == 2
-    assert pages.match([1, 1, 2, 2, 0]) == 2
+    assert match(pages, [5, 5, 6, 6, 0]) == 2
+    assert match(pages, [1, 1, 2, 2, 0]) == 2
     pages.check()
 
 
@@ -255,7 +252,7 @@ def test_a_chain_whose_middle_was_filled_twice_is_found_again() -> None:
         pages.commit(request_id, [1, 2])
     pages.commit(2, [3, 4])
     pages.check()
-    assert pages.match([1, 2, 3, 4, 5]) == 4
+    assert match(pages, [1, 2, 3, 4, 5]) == 4
     pages.open(3, [1, 2, 3, 4, 5])
     assert pages.table(3) == (pages.table(1)[0], pages.table(2)[1])
     for request_id in (2, 1, 3):
@@ -274,7 +271,7 @@ def test_reserve_is_all_or_nothing_and_fits_tells_what_can_ever_be() -> None:
     assert not pages.reserve(2, 5)
     assert pages.table(2) == ()
     assert pages.reserve(2, 4)
-    pages.trim(1, 4)
+    pages.close(1)
     assert pages.reserve(2, 5)
     assert pages.table(2, first=1) == pages.table(2)[1:]
     pages.check()
@@ -283,7 +280,7 @@ def test_reserve_is_all_or_nothing_and_fits_tells_what_can_ever_be() -> None:
 def test_without_reuse_nothing_is_kept() -> None:
     pages = Pages(10, 2, reuse=False)
     filled(pages, 1, [1, 2, 3, 4])
-    assert pages.match([1, 2, 3]) == 0
+    assert match(pages, [1, 2, 3]) == 0
     pages.close(1)
     assert (pages.free, pages.cached) == (9, 0)
 
@@ -302,8 +299,6 @@ def test_misuse_is_an_assertion() -> None:
         pages.open(1, [1])
     with pytest.raises(AssertionError, match="not reserved"):
         pages.commit(1, [4, 5])
-    with pytest.raises(AssertionError, match="cannot be trimmed"):
-        pages.trim(1, 2)
     with pytest.raises(AssertionError, match="not open"):
         pages.close(2)
     pages.check()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import Excuses, ar_text, random_model, random_prompt, run_engine
 from numpy.typing import NDArray
-from test_decode import scripted, varied
+from scripted import scripted, varied
 
 from tidar.decode.costs import StepCosts, measure_costs
 from tidar.decode.engine import Engine, FixedPlan

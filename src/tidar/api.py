@@ -16,7 +16,7 @@ import torch
 
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
-from tidar.decode.request import FinishReason, Request, StepEvent
+from tidar.decode.request import FinishReason, Request, StepEvent, tokens_per_forward
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.methods.tidar import Tidar
@@ -297,13 +297,13 @@ def _collect(events: Iterator[StreamEvent]) -> Output:
     steps = [event for event in done if not event.prefill]
     finish = done[-1].finish
     assert finish is not None
-    decoded = sum(len(event.ids) for event in steps)
+    rate = tokens_per_forward(sum(len(event.ids) for event in steps), len(steps))
     return Output(
         text="".join(event.text for event in done),
         ids=[token for event in done for token in event.ids],
         finish=finish,
         forwards=len(steps),
-        tokens_per_forward=decoded / len(steps) if steps else float("nan"),
+        tokens_per_forward=float("nan") if rate is None else rate,
         accepts=[event.accepted for event in steps],
         seconds=sum(event.seconds for event in done),
     )

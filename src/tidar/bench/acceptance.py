@@ -106,6 +106,21 @@ class Acceptance:
         survival = np.asarray(self.survival)
         return Chain(schedule).rate(survival, StepCosts((1,), (1.0,)))
 
+    def of_step(self, shift: int, drafted: int) -> float:
+        """Tokens that a step commits on average, given its draft: of which rows of its span, and how long."""
+        inner = self.survival[shift + 1 : shift + drafted]
+        # Past the deepest probability that is known it stays as it is: so do replays.
+        beyond = (self.survival[-1],) * (drafted - 1 - len(inner))
+        return 1.0 + float(np.cumprod((*inner, *beyond)).sum())
+
+    def steps_for(self, error: float) -> float:
+        """Steps over which the mean accept count errs by `error`, a share of it, as a standard error.
+
+        Of the dense schedule, whose steps do not hang together; those of others hardly do.
+        """
+        square = sum(n * n * share for n, share in enumerate(self.histogram, start=1))
+        return (square / self.mean**2 - 1.0) / error**2
+
     def replay(self, device: torch.device, seed: int) -> Replay:
         """What a `PagedEngine` on `device` takes."""
         return Replay(torch.tensor(self.survival, dtype=torch.float32, device=device), seed)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidar.bench.acceptance import Acceptance
+from tidar.bench.plot import new_figure, save_figure
 from tidar.decode.step_times import StepTime
-from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 
 if TYPE_CHECKING:
@@ -108,14 +108,8 @@ def save_plot(steps: Sequence[Figures], title: str, path: Path) -> None:
 
     Raises TidarError without matplotlib or a place to write.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TidarError(
-            "Drawing a PNG needs matplotlib, which is not installed: pip install 'tidar[plot]'."
-        ) from error
     batches = list(dict.fromkeys(step["batch"] for step in steps))
-    figure = Figure(figsize=(1.0 + 5.0 * len(batches), 4.4), dpi=160, layout="constrained")
+    figure = new_figure(1.0 + 5.0 * len(batches), 4.4)
     panels = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
     for axes, batch in zip(panels, batches, strict=True):
         _draw(axes, [step for step in steps if step["batch"] == batch], f"batch {batch}")
@@ -123,10 +117,7 @@ def save_plot(steps: Sequence[Figures], title: str, path: Path) -> None:
     panels[0].set_ylabel("step time, AR steps")
     panels[0].legend(title="context")
     figure.suptitle(title, fontsize=10)
-    try:
-        figure.savefig(path, facecolor="white")
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no image format
-        raise TidarError(f"cannot write the picture {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _draw(axes: "Axes", steps: Sequence[Figures], title: str) -> None:

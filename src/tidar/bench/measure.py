@@ -6,11 +6,12 @@ paged engine runs prompt rows of some texts beside decode steps of others: such 
 and its seconds are told apart as mixed, so that speeds of decoding alone leave them out.
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -20,6 +21,7 @@ from tidar.bench.prompts import Prompt
 from tidar.decode.engine import Engine
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
+from tidar.decode.rates import next_shift
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.decode.spec import MethodSpec
 from tidar.errors import TidarError
@@ -29,6 +31,17 @@ from tidar.sampling import SamplingParams
 WARM_UP_TOKENS = 16
 """Tokens of the untimed pass that each method makes before anything is timed."""
 
+REPLAY_ERROR = 0.01
+"""Standard error of T/NFE, as a share of it, down to which replays are repeated."""
+
+MOST_REPLAYS = 64
+"""Texts of one prompt in a run, at most."""
+
+SEEDS_APART = 1 << 20
+"""From the seeds of one replay to those of the next: more than there are prompts."""
+
+NEVER = 1 << 62
+"""A step that no plan reaches."""
 
 EngineName = Literal["plain", "paged"]
 AnyEngine = Engine | PagedEngine
@@ -92,7 +105,8 @@ class Text:
 
     decoded: tokens that decode steps emitted (prefill's first one is not among them). steps: decode
     steps. accepts: how often a step committed so many tokens. rows: rows of its decode steps, all
-    together.
+    together. drafts: how often a step verified a draft of this shift and length. prefilled: rows of
+    the prompt's last chunk.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -101,12 +115,19 @@ class Text:
     rows: int = 0
     accepts: Counter[int] = field(default_factory=Counter)
     schedules: Counter[str] = field(default_factory=Counter)
+    drafts: Counter[tuple[int, int]] = field(default_factory=Counter)
+    prefilled: int = 0
     finish: FinishReason | None = None
+    _shift: int = 0
 
     def take(self, event: StepEvent) -> None:
         self.ids += event.ids
         self.finish = event.finish
-        if not event.prefill:
+        if event.prefill:
+            self._shift, self.prefilled = 0, event.accepted
+        else:
+            self.drafts[self._shift, event.drafted] += 1
+            self._shift = next_shift(event.schedule, event.drafted, event.accepted)
             self.decoded += len(event.ids)
             self.steps += 1
             self.rows += event.rows
@@ -124,16 +145,24 @@ class Pass:
 
 
 def run_pass(
-    engine: AnyEngine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter
+    engine: AnyEngine,
+    requests: Sequence[Request],
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    enough: int | None = None,
 ) -> Pass:
-    """Decodes the requests to their end, timed."""
+    """Decodes the requests, timed: to their end, or until `enough` tokens were decoded or one text ended.
+
+    The turn that reaches the last is counted whole; what was launched behind it is dropped.
+    """
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
     timing = Timing()
     began = mark = clock()
     texts = {engine.submit(request): Text() for request in requests}
     unbegun = set(texts)
-    events = engine.run()
+    # Both engines' are generators: closing one aborts what is unfinished.
+    events = cast("Generator[StepEvent, None, None]", engine.run())
     members: set[int] = set()  # requests that the current decode step has reported
     while True:
         event = next(events, None)
@@ -151,6 +180,9 @@ def run_pass(
         else:
             known = bool(members) and event.request_id not in members
             if not known or event.seconds != timing.steps[-1].seconds:
+                if enough is not None and _is_enough(timing.steps, texts.values(), enough):
+                    timing.host += spent
+                    break
                 timing.steps.append(StepClock(event.seconds, alone=not unbegun))
                 timing.decode += event.seconds
                 timing.forwards += 1
@@ -161,11 +193,19 @@ def run_pass(
             timing.steps[-1].tokens += len(event.ids)
         timing.host += spent
         texts[event.request_id].take(event)
-    timing.wall = clock() - began
+    events.close()
+    end = clock()
+    timing.host += end - mark
+    timing.wall = end - began
     timing.check()
     for step in timing.steps:  # where all places decode, the texts that have not begun are waiting
         step.alone = step.alone or step.sequences == places(engine)
     return Pass(timing, tuple(texts.values()))
+
+
+def _is_enough(steps: Sequence[StepClock], texts: Iterable[Text], tokens: int) -> bool:
+    done = sum(step.tokens for step in steps) >= tokens
+    return done or any(text.finish is not None for text in texts)
 
 
 def places(engine: AnyEngine) -> int:
@@ -180,7 +220,9 @@ class Settings:
     ignore_eos: decode past end-of-text, so that all texts are equally long. teacher_forced: the
     model is made to write each prompt's real continuation, so that acceptance is measured on real
     text. draft_lens: values of K that the checkpoint was trained with, for measured plans. engine: the
-    plain or the paged one. replay: acceptance that is made up, for the paged engine only.
+    plain or the paged one. replay: acceptance that is made up, for the paged engine only. replays:
+    texts of each prompt in a run, each with a seed of its own; None is as many as T/NFE takes to
+    settle (`replays_of`). decode_only: see `tidar.bench.decode_only`.
     """
 
     methods: tuple[MethodSpec, ...]
@@ -194,13 +236,20 @@ class Settings:
     draft_lens: tuple[int, ...] = ()
     engine: EngineName = "plain"
     replay: Acceptance | None = None
+    replays: int | None = None
+    decode_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "runs", "batch"):
-            if getattr(self, name) < 1:
-                raise TidarError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("max_new_tokens", "runs", "batch", "replays"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TidarError(f"{name} is {value}; it must be at least 1.")
         if self.engine == "plain" and self.replay is not None:
             raise TidarError("Only the paged engine can replay an acceptance (--engine paged).")
+        if self.engine == "plain" and self.decode_only:
+            raise TidarError("Only the paged engine can measure decoding alone (--engine paged).")
+        if self.replay is None and self.replays is not None:
+            raise TidarError("Only an acceptance that is made up is replayed: it needs one.")
         if self.engine == "paged" and self.teacher_forced:
             raise TidarError("Only the plain engine can be teacher forced (--engine plain).")
 
@@ -220,11 +269,31 @@ def pick_engine(
     return "plain" if name == "plain" else "paged"
 
 
+def replays_of(spec: MethodSpec, settings: Settings, prompts: int) -> int:
+    """Texts of each prompt in a run of this method.
+
+    One, but for replays: what passes is drawn, so they are repeated under other seeds until the standard
+    error of T/NFE over all runs should be `REPLAY_ERROR` of it. AR always commits one token.
+    """
+    if settings.replay is None or spec.is_ar:
+        return 1
+    if settings.replays is not None:
+        return settings.replays
+    steps = settings.runs * prompts * settings.max_new_tokens / settings.replay.mean
+    wanted = math.ceil(settings.replay.steps_for(REPLAY_ERROR) / steps)
+    return min(max(1, wanted), MOST_REPLAYS)
+
+
 def make_request(
-    prompt: Prompt, index: int, settings: Settings, eos_ids: frozenset[int]
+    prompt: Prompt, index: int, settings: Settings, eos_ids: frozenset[int], draw: int = 0
 ) -> Request:
-    """The request of one prompt; each prompt has its own seed, the same in every run and method."""
-    params = SamplingParams(temperature=settings.temperature, seed=settings.seed + index)
+    """The request of one prompt; each prompt has its own seed, the same in every run and method.
+
+    draw: gives replays other seeds. What passes is a hash of the request's seed; that of the replay
+    itself is a constant of captured graphs.
+    """
+    seed = settings.seed + index + draw * SEEDS_APART
+    params = SamplingParams(temperature=settings.temperature, seed=seed)
     if not settings.teacher_forced:
         return Request(
             prompt=prompt.ids,
@@ -295,28 +364,43 @@ def run_bench(
     """All passes. Methods take turns on each prompt, so that a disturbance hits all alike."""
     requests = [make_request(p, i, settings, eos_ids) for i, p in enumerate(prompts)]
     batch = min(settings.batch, len(prompts))
-    units = [requests] if settings.batch > 1 else [[request] for request in requests]
+    units = [[i] for i in range(len(prompts))] if settings.batch == 1 else [[*range(len(prompts))]]
     meter = meter or MemoryMeter(model)
     engines: dict[str, AnyEngine] = {}
     for spec in settings.methods:
         on_pass(f"warming up {spec.name}")
         with meter.watch(spec.name):
             engine = engines[spec.name] = make_engine(spec, model, requests, settings)
-            warm_up(engine, spec, units, batch)
+            warm_up(engine, spec, [[requests[i] for i in unit] for unit in units], batch)
     passes: Passes = {name: [[] for _ in range(settings.runs)] for name in engines}
     for run in range(settings.runs):
         for engine in engines.values():
             if isinstance(engine.plan, MeasuredPlan):
                 # A run must not profit from what the one before learned of the same prompts.
                 engine.plan = engine.plan.fresh(experienced=False)
+                if settings.replay is not None:
+                    engine.plan.learn_at = NEVER  # else a graph is captured in one text of few
         for unit in units:
-            for name, engine in engines.items():
-                with meter.watch(name):
-                    passes[name][run].append(run_pass(engine, unit))
-                on_pass(name)
+            for spec in settings.methods:
+                for draw in draws_of(spec, settings, run, len(prompts)):
+                    asked = [make_request(prompts[i], i, settings, eos_ids, draw) for i in unit]
+                    with meter.watch(spec.name):
+                        passes[spec.name][run].append(run_pass(engines[spec.name], asked))
+                on_pass(spec.name)
     for name, engine in engines.items():
         meter.caches[name] = cache_bytes(engine)
     return passes
+
+
+def draws_of(spec: MethodSpec, settings: Settings, run: int, prompts: int) -> range:
+    """What `make_request` takes as `draw`, for the texts of each prompt in a run; 0 is the warm-up's.
+
+    Without a replay it is 0 in every run, as texts are compared from one run to the next.
+    """
+    if settings.replay is None:
+        return range(1)
+    count = replays_of(spec, settings, prompts)
+    return range(1 + run * count, 1 + (run + 1) * count)
 
 
 def count_passes(settings: Settings, prompts: int) -> int:

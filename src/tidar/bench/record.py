@@ -19,15 +19,32 @@ PACKAGES = ("tidar", "torch", "triton", "transformers", "tokenizers", "safetenso
 
 
 COMMIT_VARIABLE = "TIDAR_COMMIT"
-"""Names the commit of an exported tree, which cannot tell it itself."""
+"""Names the commit of an exported tree, which cannot tell it itself, or would tell a wrong one."""
+
+SHORTEST_NAME = 7
+"""Digits of a commit that name it."""
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the tree around `folder`, and whether tracked files changed.
+    """Commit of the tree around `folder`, and whether tracked files changed; None where nothing tells.
 
-    Outside a git checkout the commit is what the environment variable TIDAR_COMMIT says, and whether
-    files changed is not known (None); without it there is nothing to say: None.
+    The environment variable TIDAR_COMMIT wins: a tree that was copied may lie in an older checkout. What
+    such a checkout says stands beside it as `checkout` where it differs; whether files changed against
+    the commit that was named is then not known (None).
     """
+    found, named = _checkout(folder), os.environ.get(COMMIT_VARIABLE)
+    if not named:
+        return found
+    state: dict[str, Any] = {"commit": named, "dirty": None, "from": COMMIT_VARIABLE}
+    if found is None:
+        return state
+    if len(named) >= SHORTEST_NAME and found["commit"].startswith(named):
+        return {**state, "dirty": found["dirty"]}
+    return {**state, "checkout": found}
+
+
+def _checkout(folder: Path) -> dict[str, Any] | None:
+    """What git says; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -39,8 +56,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
-        named = os.environ.get(COMMIT_VARIABLE)
-        return {"commit": named, "dirty": None, "from": COMMIT_VARIABLE} if named else None
+        return None
 
 
 def gpu_clocks(device: torch.device) -> dict[str, int | None] | None:

@@ -5,19 +5,22 @@ method in turn. What the texts say means nothing, so nothing is said about them.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tidar.bench.acceptance import LABEL
+from tidar.bench.acceptance import LABEL, Acceptance
+from tidar.bench.decode_only import most_tokens, run_decode_only
 from tidar.bench.measure import Pass, Passes, Settings, run_bench
 from tidar.bench.memory import MemoryMeter, weight_bytes
 from tidar.bench.prompts import Prompt
 from tidar.bench.record import gpu_clocks
-from tidar.bench.summary import Figures, run_figures, speed_figures, spread
+from tidar.bench.summary import Figures, ratio, run_figures, speed_figures, spread
+from tidar.decode.spec import MethodSpec
 from tidar.errors import TidarError
 from tidar.hf_config import config_from_hf, read_json
 from tidar.model import ModelConfig, Transformer, num_parameters
@@ -84,13 +87,14 @@ def make_cells(
     There the engine decodes plainly, and no longer by the method that is to be measured.
     """
     longest = max(spec.max_draft_len(settings.draft_lens) for spec in settings.methods)
-    reserve = settings.max_new_tokens + 3 * longest
+    new = 1 + most_tokens(settings) if settings.decode_only else settings.max_new_tokens
+    reserve = new + 3 * longest
     for context in contexts:
         if context < 1:
             raise TidarError(f"a context of {context} tokens is too short; give 1 or more.")
         if context + reserve > config.max_positions:
             raise TidarError(
-                f"a context of {context} tokens does not fit: with {settings.max_new_tokens} new tokens and "
+                f"a context of {context} tokens does not fit: with up to {new} new tokens and "
                 f"3 K = {3 * longest} positions for drafts it needs {context + reserve} of the model's "
                 f"{config.max_positions} positions. Lower --context or --max-new-tokens."
             )
@@ -103,11 +107,18 @@ def measure_cell(
     settings: Settings,
     on_pass: Callable[[str], None] = lambda label: None,
 ) -> Figures:
-    """The figures of one cell, every method beside AR where AR was measured."""
-    prompts = random_prompts(model.config, cell.batch, cell.context, settings.seed)
+    """The figures of one cell, every method beside AR where AR was measured.
+
+    For decoding alone a prompt has one token more than the context: that one must be run for its logits.
+    """
+    length = cell.context + settings.decode_only
+    prompts = random_prompts(model.config, cell.batch, length, settings.seed)
     meter = MemoryMeter(model)
     settings = replace(settings, batch=cell.batch)
-    passes = run_bench(model, prompts, settings, frozenset(), on_pass, meter=meter)
+    if settings.decode_only:
+        passes = run_decode_only(model, prompts, settings, on_pass, meter=meter)
+    else:
+        passes = run_bench(model, prompts, settings, frozenset(), on_pass, meter=meter)
     clocks = gpu_clocks(model.embed.weight.device)
     methods = cell_figures(passes, settings, meter)
     return {"context": cell.context, "batch": cell.batch, "gpu_clocks": clocks, "methods": methods}
@@ -118,24 +129,22 @@ def sweep(
     cells: Sequence[Cell],
     settings: Settings,
     on_pass: Callable[[str], None] = lambda label: None,
-) -> list[Figures]:
-    """The figures of all cells. One that finds too little memory says so, and the others go on.
+) -> Iterator[Figures]:
+    """The figures of each cell in turn. One that finds too little memory says so, and the others go on.
 
     Raises TidarError where there is only that one.
     """
-    found = []
     for cell in cells:
         gc.collect()  # engines of the cell before, and their graphs
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         try:
-            found.append(measure_cell(model, cell, settings, on_pass))
+            yield measure_cell(model, cell, settings, on_pass)
         except (TidarError, torch.OutOfMemoryError) as error:
             if len(cells) == 1:
                 raise TidarError(str(error)) from error
             told = {"context": cell.context, "batch": cell.batch}
-            found.append({**told, "error": str(error), "methods": {}})
-    return found
+            yield {**told, "error": str(error), "methods": {}}
 
 
 def cell_figures(passes: Passes, settings: Settings, meter: MemoryMeter) -> dict[str, Figures]:
@@ -143,32 +152,82 @@ def cell_figures(passes: Passes, settings: Settings, meter: MemoryMeter) -> dict
     base = next((passes[spec.name] for spec in settings.methods if spec.is_ar), None)
     methods: dict[str, Figures] = {}
     for spec in settings.methods:
+        runs = passes[spec.name]
+        expected = None
+        if settings.replay is not None:
+            expected = expected_rate(spec, settings.replay, runs)
         figures = {
             "label": PLAIN_LABEL if settings.replay is None else LABEL,
-            **speed_figures(passes[spec.name]),
-            "expected_tokens_per_forward": None,
+            **speed_figures(runs),
+            "expected_tokens_per_forward": expected,
+            "expectation": None if expected is None else EXPECTATIONS[spec.schedule is None],
             "memory": meter.figures(spec.name),
         }
-        if settings.replay is not None and spec.schedule is not None:
-            figures["expected_tokens_per_forward"] = settings.replay.expected(spec.schedule)
         if base is not None:
             figures["x_ar"] = {
-                "end_to_end": _over(passes[spec.name], base, "tokens_per_second"),
-                "decode": _over(passes[spec.name], base, "decode_tokens_per_second"),
+                "end_to_end": None
+                if settings.decode_only
+                else _over(runs, base, "tokens_per_second"),
+                "decode": _over(runs, base, "decode_tokens_per_second"),
+                "decode_at_expected": _at_expected(runs, base, expected),
             }
         methods[spec.name] = figures
     return methods
 
 
+EXPECTATIONS = (
+    "of the schedule in the long run, by the step rule",
+    "of the drafts that its steps verified, by their shift and length",
+)
+"""What the expected T/NFE of a fixed schedule and of a plan is."""
+
+
+def expected_rate(
+    spec: MethodSpec, acceptance: Acceptance, runs: Sequence[Sequence[Pass]]
+) -> float | None:
+    """T/NFE of a method without the luck of what was drawn; None where it made no step.
+
+    A plan has no schedule of its own, so its steps are taken as they were, and only what each accepted
+    is averaged over the draws.
+    """
+    if spec.schedule is not None:
+        return acceptance.expected(spec.schedule)
+    drafts: Counter[tuple[int, int]] = Counter()
+    for text in (text for run in runs for each in run for text in each.texts):
+        drafts += text.drafts
+    tokens = sum(count * acceptance.of_step(*draft) for draft, count in drafts.items())
+    return ratio(tokens, drafts.total())
+
+
 def _over(
     mine: Sequence[Sequence[Pass]], base: Sequence[Sequence[Pass]], key: str
-) -> dict[str, Any] | None:
+) -> Figures | None:
     """Spread over runs of a speed, as a multiple of the base's in the same run."""
     pairs = [
         (run_figures(one)[key], run_figures(other)[key])
         for one, other in zip(mine, base, strict=True)
     ]
     return spread([fast / slow for fast, slow in pairs if fast and slow])
+
+
+def _at_expected(
+    mine: Sequence[Sequence[Pass]], base: Sequence[Sequence[Pass]], expected: float | None
+) -> Figures | None:
+    """Spread over runs of expected T/NFE x AR step time / step time, where both run as many sequences."""
+    pairs = [
+        (run_figures(one)["mean_step"], run_figures(other)["mean_step"])
+        for one, other in zip(mine, base, strict=True)
+    ]
+    alike = [(one, other) for one, other in pairs if one and other]
+    if expected is None:
+        return None
+    return spread(
+        [
+            expected * other["milliseconds"] / one["milliseconds"]
+            for one, other in alike
+            if one["sequences"] == other["sequences"]
+        ]
+    )
 
 
 def describe_shape(text: str, model: Transformer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tidar.bench.memory import MemoryMeter
 from tidar.bench.prompts import Prompt, exact_match
 from tidar.bench.repetition import distinct_ngrams, mean_distinct
 from tidar.decode.compare import first_difference, near_tie_margin
+from tidar.decode.request import tokens_per_forward
 from tidar.model import Transformer
 from tidar.sampling import SamplingParams
 from tidar.tokens import Tokenizer
@@ -36,7 +37,8 @@ def _texts(passes: Sequence[Pass]) -> list[Text]:
     return [text for each in passes for text in each.texts]
 
 
-def _ratio(number: float, by: float) -> float | None:
+def ratio(number: float, by: float) -> float | None:
+    """None where there is nothing to divide by."""
     return number / by if by else None
 
 
@@ -62,11 +64,20 @@ def run_figures(passes: Sequence[Pass]) -> Figures:
         "decoded_tokens": decoded,
         "decode_steps": sum(t.steps for t in texts),
         "forwards": timing.forwards,
-        "decode_tokens_per_second": _ratio(
+        "decode_tokens_per_second": ratio(
             decoded - timing.mixed_tokens, timing.decode - timing.mixed
         ),
-        "tokens_per_second": _ratio(tokens, timing.wall),
+        "tokens_per_second": ratio(tokens, timing.wall),
+        "mean_step": _mean_step(timing),
     }
+
+
+def _mean_step(timing: Timing) -> Figures | None:
+    """Mean milliseconds of the steps with nothing beside them, at the most sequences that any had."""
+    alone = [step for step in timing.steps if step.alone]
+    most = max((step.sequences for step in alone), default=0)
+    values = [1e3 * step.seconds for step in alone if step.sequences == most]
+    return {"milliseconds": statistics.mean(values), "sequences": most} if values else None
 
 
 def step_milliseconds(runs: Sequence[Sequence[Pass]]) -> Figures | None:
@@ -92,8 +103,8 @@ def speed_figures(runs: Sequence[Sequence[Pass]]) -> Figures:
         "tokens": sum(len(t.ids) for t in texts),
         "decoded_tokens": decoded,
         "decode_steps": steps,
-        "tokens_per_forward": _ratio(decoded, steps),
-        "rows_per_step": _ratio(sum(t.rows for t in texts), steps),
+        "tokens_per_forward": tokens_per_forward(decoded, steps),
+        "rows_per_step": ratio(sum(t.rows for t in texts), steps),
         "accept_histogram": {str(n): accepts[n] for n in sorted(accepts)},
         "schedules": dict(schedules.most_common()),
         "step_milliseconds": step_milliseconds(runs),
@@ -125,7 +136,7 @@ def method_figures(
     if tokenizer is not None:
         strings = [tokenizer.decode(text.ids) for text in first]
         share = [t.decoded / len(t.ids) * len(s) for t, s in zip(first, strings, strict=True)]
-        figures["characters_per_forward"] = _ratio(sum(share), sum(t.steps for t in first))
+        figures["characters_per_forward"] = ratio(sum(share), sum(t.steps for t in first))
         figures["exact_match"] = None if forced else exact_match(strings, prompts)
     return figures
 
@@ -144,7 +155,9 @@ def per_prompt(runs: Sequence[Sequence[Pass]], prompts: Sequence[Prompt]) -> lis
         row: Figures = {
             "id": prompt.name,
             "tokens": len(mine[0].ids),
-            "tokens_per_forward": _ratio(sum(t.decoded for t in mine), sum(t.steps for t in mine)),
+            "tokens_per_forward": tokens_per_forward(
+                sum(t.decoded for t in mine), sum(t.steps for t in mine)
+            ),
             "distinct_4": distinct_ngrams(mine[0].ids),
             "finish": mine[0].finish,
         }
@@ -158,8 +171,8 @@ def per_prompt(runs: Sequence[Sequence[Pass]], prompts: Sequence[Prompt]) -> lis
 def _speed(each: Pass, decode: bool) -> float | None:
     text = each.texts[0]
     if decode:
-        return _ratio(text.decoded, each.timing.decode)
-    return _ratio(len(text.ids), each.timing.wall)
+        return ratio(text.decoded, each.timing.decode)
+    return ratio(len(text.ids), each.timing.wall)
 
 
 def speed_ups(

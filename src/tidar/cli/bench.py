@@ -1,10 +1,22 @@
 """`tidar bench`: decoding methods side by side on your prompts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tidar.cli.options import (
+    ACCEPTANCE,
+    DeviceArg,
+    DtypeArg,
+    ModelArg,
+    Place,
+    RandomWeightsArg,
+    ShapeArg,
+    refuse,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -15,15 +27,8 @@ if TYPE_CHECKING:
     from tidar.tokens import Tokenizer
 
 
-ModelArg = Annotated[
-    str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
-]
 PromptsArg = Annotated[
     Path | None, typer.Option(help="JSON lines: prompt, and optionally id, continuation, answer.")
-]
-ShapeArg = Annotated[
-    str | None,
-    typer.Option(help="No model: random weights of this shape, a config.json or a known name."),
 ]
 ContextArg = Annotated[
     str | None,
@@ -33,8 +38,28 @@ ReplayArg = Annotated[
     str | None,
     typer.Option(
         "--replay-acceptance",
-        help="--shape: made-up acceptance, as the mean accept count of the largest K with all spans, or a "
-        "JSON list of how likely the draft token of depth 1, 2, ... passes.",
+        help=f"--shape: {ACCEPTANCE}",
+    ),
+]
+ReplaysArg = Annotated[
+    int | None,
+    typer.Option(
+        help="--replay-acceptance: texts of each prompt in a run, under seeds of their own. [default: until "
+        "T/NFE should be within 2% of the expected one]"
+    ),
+]
+DecodeOnlyArg = Annotated[
+    bool,
+    typer.Option(
+        "--decode-only",
+        help="--shape: prompts are run once for all methods and runs; only turns in which all sequences "
+        "decode are timed.",
+    ),
+]
+FigureArg = Annotated[
+    Path | None,
+    typer.Option(
+        help="--shape: draw speed over AR against batch into this PNG (needs tidar[plot])."
     ),
 ]
 EngineArg = Annotated[
@@ -58,14 +83,6 @@ IgnoreEosArg = Annotated[bool, typer.Option("--ignore-eos", help="Decode past en
 TeacherForcedArg = Annotated[
     bool, typer.Option("--teacher-forced", help="Measure on each prompt's real continuation.")
 ]
-RandomWeightsArg = Annotated[
-    bool,
-    typer.Option("--random-weights", help="Use the folder's config only; for step times."),
-]
-DtypeArg = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on CUDA.")
-]
-DeviceArg = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 OutArg = Annotated[Path | None, typer.Option(help="Write the record to this file.")]
 
@@ -85,6 +102,9 @@ def bench(
     shape: ShapeArg = None,
     context: ContextArg = None,
     replay_acceptance: ReplayArg = None,
+    replays: ReplaysArg = None,
+    decode_only: DecodeOnlyArg = False,
+    figure: FigureArg = None,
     random_weights: RandomWeightsArg = False,
     engine: EngineArg = "auto",
     dtype: DtypeArg = "float32",
@@ -95,8 +115,8 @@ def bench(
     """Measure decoding methods side by side.
 
     Methods take turns on every prompt, after an untimed warm-up. Reported: tokens per forward (T/NFE), speed
-    and its spread, how repetitive the text is, and whether it is AR's own text. With --shape: the speed of the
-    system alone. TIDAR_COMMIT in the environment names the commit of a tree without git in the record.
+    and its spread, how repetitive the text is, whether it is AR's own. With --shape: the speed of the system
+    alone. TIDAR_COMMIT in the environment names the commit in the record, whatever git says.
 
     Examples:
 
@@ -104,82 +124,29 @@ def bench(
 
         tidar bench DIR --prompts p.jsonl --methods tidar:16:dense --teacher-forced --runs 1
 
-        tidar bench DIR --prompts p.jsonl --device cuda --dtype bfloat16 --batch 100 --runs 1
-
-        tidar bench --shape qwen3-8b --random-weights --replay-acceptance 5 --device cuda --dtype auto --batch 1,4
+        tidar bench --shape qwen3-8b --replay-acceptance 5 --decode-only --batch 1,4 --device cuda --dtype auto
     """
     from tidar.bench.measure import Settings
-    from tidar.cli.bench_shape import bench_shape
+    from tidar.cli.bench_shape import Asked, bench_shape
     from tidar.decode.spec import parse_methods
 
-    batches = whole_numbers("--batch", batch)
+    batches, place = whole_numbers("--batch", batch), Place(device, dtype, engine)
     settings = Settings(
         methods=parse_methods(methods), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         runs=runs, batch=batches[0], ignore_eos=ignore_eos, teacher_forced=teacher_forced,
     )  # fmt: skip
-    place = Place(device, dtype, engine)
-    if shape is not None:
-        refuse(
-            "with --shape", MODEL=model, prompts=prompts, limit=limit, teacher_forced=teacher_forced
-        )
-        record = bench_shape(shape, context, batches, replay_acceptance, settings, place)
-    else:
-        several = len(batches) > 1 and batch
-        refuse(
-            "without --shape", context=context, replay_acceptance=replay_acceptance, batch=several
-        )
+    shaped = {
+        "context": context, "replay_acceptance": replay_acceptance, "replays": replays,
+        "decode_only": decode_only, "figure": figure, "batch": len(batches) > 1 and batch,
+    }  # fmt: skip
+    if shape is None:
+        refuse("without --shape", **shaped)
         record = bench_prompts(model, prompts, limit, random_weights, settings, place)
-    report(record, as_json, out)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where and how to decode, as the command line says it."""
-
-    device: str
-    dtype: str
-    engine: str = "auto"
-
-    def settle(self) -> "tuple[torch.device, torch.dtype]":
-        """The device and the dtype. Raises TidarError for those that are not known or not there."""
-        from tidar.api import pick_device, pick_dtype
-        from tidar.errors import TidarError
-        from tidar.weights import DTYPES
-
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise TidarError(
-                f"dtype {self.dtype!r} is not supported; allowed: auto, {', '.join(DTYPES)}"
-            )
-        device = pick_device(self.device)
-        if self.dtype == "auto":
-            return device, pick_dtype("auto", device)
-        return device, DTYPES[self.dtype]
-
-
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers of 1 or more separated by commas, each once. Raises TidarError for anything else."""
-    from tidar.errors import TidarError
-
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise TidarError(
-            f"{option} {text!r} is not understood: give whole numbers of 1 or more, separated by commas."
-        )
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def refuse(where: str, **options: object) -> None:
-    """Raises TidarError for options that were given where they mean nothing."""
-    from tidar.errors import TidarError
-
-    wrong = [
-        name if name.isupper() else f"--{name.replace('_', '-')}"
-        for name, value in options.items()
-        if value not in (None, False)
-    ]
-    if wrong:
-        several = " with several values" if wrong == ["--batch"] else ""
-        raise TidarError(f"{' and '.join(wrong)}{several} cannot be used {where}.")
+    else:
+        refuse("with --shape", MODEL=model, prompts=prompts, limit=limit, teacher_forced=teacher_forced)  # fmt: skip
+        asked = Asked(shape, context, batches, replay_acceptance, replays, decode_only, bool(figure))  # fmt: skip
+        record = bench_shape(asked, settings, place, out)
+    report(record, as_json, out, figure)
 
 
 def bench_prompts(
@@ -222,8 +189,10 @@ def bench_prompts(
     )
 
 
-def report(record: dict[str, Any], as_json: bool, out: Path | None) -> None:
-    """Shows the record, and writes it where asked to."""
+def report(
+    record: dict[str, Any], as_json: bool, out: Path | None, figure: Path | None = None
+) -> None:
+    """Shows the record, and writes and draws it where asked to; exit code 130 for one that was cut short."""
     import json
 
     from rich.console import Console
@@ -241,8 +210,16 @@ def report(record: dict[str, Any], as_json: bool, out: Path | None) -> None:
         show_sweep(record, Console())
     else:
         show_record(record, Console())
-    if out is not None:
-        typer.echo(f"Wrote {out}", err=True)
+    if figure is not None:
+        from tidar.bench.sweep_plot import save_sweep
+
+        save_sweep(record, figure)
+    for written in (out, figure):
+        if written is not None:
+            typer.echo(f"Wrote {written}", err=True)
+    if record.get("interrupted"):
+        typer.echo("interrupted: the cells that were finished are kept", err=True)
+        raise typer.Exit(130)
 
 
 def load_subject(

@@ -65,6 +65,9 @@ def _table(model: "LanguageModel", runs: int, max_new_tokens: int) -> object:
     """AR and TiDAR side by side for each kind of text; methods take turns, so all meet the same noise."""
     from rich.table import Table
 
+    from tidar.cli.bench_tables import number
+    from tidar.decode.request import tokens_per_forward
+
     table = Table(title="greedy, float32, CPU; medians of interleaved runs; prefill excluded")
     for column in ("text", "method", "tokens", "forwards", "T/NFE", "tokens/s", "same tokens"):
         table.add_column(column, justify="left" if column in ("text", "method") else "right")
@@ -86,7 +89,7 @@ def _table(model: "LanguageModel", runs: int, max_new_tokens: int) -> object:
                 label,
                 str(tokens),
                 str(forwards),
-                f"{decoded / forwards:.2f}",
+                number(tokens_per_forward(decoded, forwards)),
                 f"{speed:.0f}",
                 same,
             )

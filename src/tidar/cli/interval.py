@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tidar.bench.repetition import mean_distinct
 from tidar.decode.engine import Engine, FixedPlan
-from tidar.decode.request import Request
+from tidar.decode.request import Request, tokens_per_forward
 from tidar.layout import dense_schedule
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
@@ -94,4 +94,4 @@ class IntervalDecoding:
                 decoded += len(event.ids)
                 steps += 1
         distinct = mean_distinct(texts)
-        return decoded / steps if steps else float("nan"), distinct if distinct else float("nan")
+        return tokens_per_forward(decoded, steps) or float("nan"), distinct or float("nan")

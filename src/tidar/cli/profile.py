@@ -6,10 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tidar.cli.options import (
+    ACCEPTANCE,
+    DeviceArg,
+    DtypeArg,
+    ModelArg,
+    Place,
+    RandomWeightsArg,
+    ShapeArg,
+    refuse,
+    whole_numbers,
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tidar.cli.bench import Place
     from tidar.decode.paged_engine import PagedEngine
     from tidar.decode.step_times import StepTime
     from tidar.layout import Schedule
@@ -22,16 +33,6 @@ DEFAULT_METHODS = (
 DEFAULT_CONTEXTS = (512, 1024, 4096, 8192)
 DEFAULT_MEAN = 4
 
-ModelArg = Annotated[
-    str | None, typer.Argument(help="Folder or hub id; default: the bundled checkpoint.")
-]
-ShapeArg = Annotated[
-    str | None,
-    typer.Option(help="No model: random weights of this shape, a config.json or a known name."),
-]
-RandomWeightsArg = Annotated[
-    bool, typer.Option("--random-weights", help="Of --shape, or of the folder's config.")
-]
 MethodsArg = Annotated[
     str | None,
     typer.Option(
@@ -47,18 +48,13 @@ ReplayArg = Annotated[
     str | None,
     typer.Option(
         "--replay-acceptance",
-        help="What to recommend a schedule for: the mean accept count of the largest K with all spans, or a "
-        "JSON list of how likely the draft token of depth 1, 2, ... passes. [default: 4, or K]",
+        help=f"What to recommend a schedule for: {ACCEPTANCE} [default: 4, or K]",
     ),
 ]
 RepeatsArg = Annotated[int, typer.Option(help="Timed steps of each kind, at least.")]
 KernelsArg = Annotated[
     bool, typer.Option("--kernels", help="On CUDA, also the share of time by kind of kernel.")
 ]
-DtypeArg = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on CUDA.")
-]
-DeviceArg = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 JsonArg = Annotated[
     Path | None, typer.Option("--json", help="Write the record to this file; - prints it.")
 ]
@@ -94,8 +90,6 @@ def profile(
 
         tidar profile --shape qwen3-8b --random-weights --device cuda --replay-acceptance 5 --json steps.json
     """
-    from tidar.cli.bench import Place, refuse, whole_numbers
-
     if shape is not None:
         refuse("with --shape", MODEL=model)
     asked = whole_numbers("--context", context) if context else None
@@ -134,7 +128,7 @@ def pick_contexts(
 
 
 def load_network(
-    model: str | None, shape: str | None, random_weights: bool, place: "Place"
+    model: str | None, shape: str | None, random_weights: bool, place: Place
 ) -> "tuple[Transformer, dict[str, Any]]":
     """The network on its device, and what it is, for the record."""
     from tidar.bench.shapes import describe_shape, shape_config

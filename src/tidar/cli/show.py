@@ -32,13 +32,15 @@ def stream_text(
 
 def summary(events: "list[StreamEvent]") -> dict[str, object]:
     """Counts of one text: tokens, decode forwards, tokens per forward, seconds, accepts."""
+    from tidar.decode.request import tokens_per_forward
+
     steps = [event for event in events if not event.prefill]
     decoded = sum(len(event.ids) for event in steps)
     seconds = sum(event.seconds for event in steps)
     return {
         "tokens": sum(len(event.ids) for event in events),
         "forwards": len(steps),
-        "tokens_per_forward": decoded / len(steps) if steps else None,
+        "tokens_per_forward": tokens_per_forward(decoded, len(steps)),
         "decode_tokens_per_second": decoded / seconds if seconds else None,
         "prefill_seconds": sum(event.seconds for event in events if event.prefill),
         "decode_seconds": seconds,

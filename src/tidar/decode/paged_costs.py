@@ -65,14 +65,24 @@ def _within(schedules: Sequence[Schedule], batch: int) -> tuple[Schedule, ...]:
     )
 
 
-def measure_table(engine: PagedEngine, *, repeats: int = 9) -> Table:
-    """Times steps of the idle engine at all its batch sizes and the contexts that fit."""
+def batch_sizes(engine: PagedEngine) -> tuple[int, ...]:
+    """Powers of two, up to what the engine runs at a time."""
+    return tuple(1 << power for power in range(engine.runner.max_batch.bit_length()))
+
+
+def measure_table(
+    engine: PagedEngine,
+    *,
+    batches: Sequence[int] = (),
+    among: Sequence[int] = CONTEXTS,
+    repeats: int = 9,
+) -> Table:
+    """Times steps of the idle engine at the contexts `among` that fit, and at `batches`, by default all."""
     schedules = profiled_schedules(engine.max_draft_len)
     table: Table = {}
-    batch = 1
-    while batch <= engine.runner.max_batch:
+    for batch in batches or batch_sizes(engine):
         room = min(engine.limit, engine.pages.usable // batch * engine.pages.page_size)
-        contexts = [size for size in CONTEXTS if room_needed(size, schedules) <= room]
+        contexts = [size for size in among if room_needed(size, schedules) <= room]
         if not contexts:
             contexts = [max(1, (room - room_needed(0, schedules)) // 2)]
         if room < room_needed(contexts[0], schedules):
@@ -87,7 +97,6 @@ def measure_table(engine: PagedEngine, *, repeats: int = 9) -> Table:
             table.setdefault(batch, {})[context] = StepCosts(
                 rows, tuple(own[count] for count in rows), fixed_shape=True
             )
-        batch *= 2
     return table
 
 
@@ -102,6 +111,11 @@ def plan_for(engine: PagedEngine, draft_lens: Sequence[int], *, keep: bool = Tru
         table = measure_table(engine)
         if place is not None:
             _write(place, table)
+    return plan_from(engine, table, draft_lens)
+
+
+def plan_from(engine: PagedEngine, table: Table, draft_lens: Sequence[int]) -> MeasuredPlan:
+    """A plan for this engine from measurements of its steps."""
 
     def who(request_ids: Collection[int]) -> tuple[int, int]:
         found = [engine.sequences[i] for i in request_ids if i in engine.sequences]
@@ -113,15 +127,18 @@ def plan_for(engine: PagedEngine, draft_lens: Sequence[int], *, keep: bool = Tru
     )
 
 
-def capture_candidates(engine: PagedEngine, plan: MeasuredPlan) -> None:
-    """Captures the graphs that the plan may ask for, so that no text has to wait for one."""
+def capture_candidates(
+    engine: PagedEngine, plan: MeasuredPlan, batches: Sequence[int] = ()
+) -> None:
+    """Captures the graphs that the plan may ask for at `batches`, by default all that there are.
+
+    So no text has to wait for one.
+    """
     if not engine.runner.graphs:
         return
-    batch = 1
-    while batch <= engine.runner.max_batch:
+    for batch in batches or batch_sizes(engine):
         for schedule in _within((AUTOREGRESSIVE, *plan.candidates), batch):
             engine.runner.captured(schedule, batch)
-        batch *= 2
 
 
 def _place(engine: PagedEngine) -> Path:

@@ -105,13 +105,6 @@ class Pages:
         """Whether a request of so many positions can ever fit, with all pages to itself."""
         return self.count(positions) <= self.usable
 
-    def match(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens `open` would reuse now: whole pages, at most all tokens but the last.
-
-        The last one must be run for its logits.
-        """
-        return len(self._reusable(tokens)[0]) * self.page_size
-
     def needed(self, tokens: Sequence[int], positions: int) -> int:
         """How many of the `free` pages `open` would take, and `reserve` for at least these tokens' positions.
 
@@ -123,7 +116,8 @@ class Pages:
     def open(self, request_id: int, tokens: Sequence[int]) -> int:
         """Starts a request with the pages that hold a prefix of `tokens`; returns how many it need not run.
 
-        The tokens reused count as committed.
+        The tokens reused count as committed: whole pages, at most all tokens but the last, which must be
+        run for its logits.
         """
         assert request_id not in self._holdings, f"request {request_id} is open already"
         reused, key = self._reusable(tokens)
@@ -166,17 +160,6 @@ class Pages:
         holding.rest = rest[full * size :]
         holding.committed += len(tokens)
 
-    def trim(self, request_id: int, positions: int) -> None:
-        """Gives back the pages beyond the first `positions` positions, which must cover what is committed.
-
-        A step in flight may have committed more than is known here: leave room for it.
-        """
-        holding = self._holding(request_id)
-        assert positions >= holding.committed, "committed tokens cannot be trimmed"
-        keep = self.count(positions)
-        self._release(holding.table[keep:])
-        del holding.table[keep:]
-
     def close(self, request_id: int) -> None:
         """Ends a request: its pages are free, but for those that others hold; full ones can be reused."""
         self._release(self._holding(request_id).table)
@@ -185,7 +168,7 @@ class Pages:
     def table(self, request_id: int, first: int = 0) -> tuple[int, ...]:
         """The request's pages in order of position, from the page number `first` of its table on.
 
-        Between `open` and `close` the table changes at its end only: `reserve` adds, `trim` drops.
+        Between `open` and `close` it only grows, at its end.
         """
         return tuple(self._holding(request_id).table[first:])
 

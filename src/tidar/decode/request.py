@@ -52,6 +52,14 @@ class StepEvent:
     finish: FinishReason | None
 
 
+def tokens_per_forward(decoded: int, steps: int) -> float | None:
+    """T/NFE: tokens that decode steps emitted and the text kept / decode steps; None without a step.
+
+    Prefill is in neither.
+    """
+    return decoded / steps if steps else None
+
+
 @dataclass(slots=True)
 class Sequence:
     """Mutable: a request being decoded.
