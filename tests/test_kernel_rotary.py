@@ -35,7 +35,14 @@ class Step:
     heads: tuple[int, int]
     rows: int
 
-    def run(self, num_drafts: int, *, pdl: bool = False) -> None:
+    def run(
+        self,
+        num_drafts: int,
+        *,
+        parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        pdl: bool = False,
+    ) -> None:
         rotate_and_store(
             self.qkv,
             self.cos,
@@ -52,6 +59,8 @@ class Step:
             prefix_lens=self.prefix_lens,
             num_drafts=num_drafts,
             rows=self.rows,
+            parts=parts,
+            bias=bias,
             pdl=pdl,
         )
 
@@ -237,3 +246,22 @@ def test_model_shapes_on_cuda(heads: tuple[int, int], norms: bool, pdl: bool) ->
         )
         step.positions.clamp_(max=MAX_POSITIONS - 1)
         check_run(step, min(rows, 16), torch.bfloat16, pdl=pdl)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_projection_in_parts(device: str, biased: bool) -> None:
+    """The same as from their sum; what `qkv` held before does not matter."""
+    whole, apart = make_step(device), make_step(device)
+    parts = torch.stack((whole.qkv * 0.25, whole.qkv * 2.0, whole.qkv * -1.25)).float()
+    bias = whole.qkv[0].clone() if biased else None
+    whole.qkv.copy_(parts.sum(0) + (0.0 if bias is None else bias))
+    apart.qkv.fill_(torch.nan)
+    whole.run(3)
+    apart.run(3, parts=parts, bias=bias)
+    for one, other in (
+        (apart.qkv, whole.qkv),
+        (apart.key_pages, whole.key_pages),
+        (apart.value_pages, whole.value_pages),
+    ):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=TOLERANCE)

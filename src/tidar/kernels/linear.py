@@ -62,13 +62,6 @@ def _config(k: int, tile_n: int, warps: int, stages: int = 1) -> LinearConfig:
     )
 
 
-def candidate_configs(k: int, gated: bool = False) -> list[LinearConfig]:
-    """Configurations worth measuring for K columns; the defaults are among them."""
-    configs = [_config(k, tile_n, warps) for tile_n in (1, 2, 4, 8) for warps in (1, 2, 4)]
-    configs += [_config(k, tile_n, 4, stages=4) for tile_n in (4, 8)]
-    return [config for config in dict.fromkeys(configs) if config.tile_n >= 2 or not gated]
-
-
 @cache
 def default_config(
     m: int, n: int, k: int, gated: bool = False, *, pdl: bool = False
@@ -89,9 +82,8 @@ def default_config(
     sums, take 4 weight rows at most.
 
     Args:
-        m: rows of x. n: weight rows, gate and up counted both. k: columns. pdl: whether the GPU has
-            programmatic dependent launch. It is used up to `PDL_WEIGHTS` weights: a long launch only
-            loses bandwidth to a next one that waits beside it.
+        m: rows of x. n: weight rows, gate and up counted both. k: columns. pdl: programmatic
+            dependent launch; CUDA on Hopper or later only.
     """
     assert 1 <= m <= MAX_ROWS, f"{m} rows; one launch takes 1 to {MAX_ROWS}"
     stages = 1
