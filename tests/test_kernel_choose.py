@@ -13,6 +13,7 @@ import triton.language as tl
 from models import MARGIN
 from torch import Tensor
 
+from tidar.kernels import choose as choose_module
 from tidar.kernels.choose import _gumbel, choose_rows, choose_workspace
 from tidar.sampling import SamplingParams, choose, gumbel_noise, process
 
@@ -74,8 +75,12 @@ def check(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_sampler(device: str, dtype: torch.dtype) -> None:
-    """Greedy rows and rows of several temperatures side by side."""
+@pytest.mark.parametrize("programs", [choose_module.PROGRAMS, 250])
+def test_equals_the_sampler(
+    device: str, dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy rows and rows of several temperatures side by side; with several tiles a program too."""
+    monkeypatch.setattr(choose_module, "PROGRAMS", programs)
     logits, positions, seeds = draw(120, dtype)
     temperatures = torch.tensor([0.0, 0.1, 0.7, 1.0, 2.5]).repeat(24)
     chosen = run(logits, positions, seeds, temperatures, device)
@@ -86,7 +91,7 @@ def test_equals_the_sampler(device: str, dtype: torch.dtype) -> None:
 def _noise_kernel(
     seed: tl.tensor, position: tl.tensor, out: tl.tensor, COUNT: tl.constexpr
 ) -> None:
-    token = tl.arange(0, COUNT)
+    token = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     tl.store(out + token, _gumbel(tl.load(seed), tl.load(position), token))
 
 
@@ -97,7 +102,8 @@ def test_noise_is_that_of_the_sampler(device: str) -> None:
     for seed, position in ((0, 0), (2**63 - 1, 2**40), (12345, 17)):
         out = torch.zeros(count, device=device)
         at = torch.tensor([position], device=device)
-        _noise_kernel[(1,)](torch.tensor([seed], device=device), at, out, COUNT=count)
+        seeds = torch.tensor([seed], device=device)
+        _noise_kernel[(count // 1024,)](seeds, at, out, COUNT=1024)
         expected = gumbel_noise(seed, torch.tensor([position]), count)[0]
         error = (out.cpu() - expected).abs() / expected.abs().clamp(min=1.0)
         assert float(error.max()) < 2e-6

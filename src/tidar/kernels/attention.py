@@ -22,9 +22,6 @@ from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, lau
 
 _LOG2_E = math.log2(math.e)
 
-SHORT_SHARE = tl.constexpr(4)
-"""Tiles of keys up to which one loop for all kinds is faster than a loop for each."""
-
 SUM_TILE = 4096
 """Numbers that a program of the sum adds up."""
 
@@ -204,35 +201,37 @@ def _attention_kernel(
     result = tl.zeros([TILE_M, TILE_D], tl.float32)
     peak = tl.full([TILE_M], -1e30, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-    # A short share runs through one loop, not two, so that all of its loads are under way together.
-    plain = (last <= whole_tiles) | (last - first > SHORT_SHARE)
-    plain_last = tl.where(plain, tl.maximum(first, tl.minimum(last, whole_tiles)), first)
-    for tile in tl.range(first, plain_last):
+    for tile in tl.range(first, tl.minimum(last, whole_tiles)):
         offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
         keys = _load(key_pages + offsets, None, HEAD_DIM, TILE_D)
         values = _load(value_pages + offsets, None, HEAD_DIM, TILE_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
-    # The tail by the visibility rule (`tidar.layout.visible`), from what each row is: a matrix of
-    # rows x rows would have to be loaded element by element. Keys of the prefix count as clean rows
-    # before all others, and lanes of no row see what is clean.
-    for tile in tl.range(plain_last, last):
-        in_tail = tile >= prefix_tiles
-        place = (tile - tl.where(in_tail, prefix_tiles, 0)) * TILE_N + within
-        seen = place < tl.where(in_tail, rows, length)
-        position = tl.load(tail + place, mask=seen & in_tail, other=-1)
-        span = tl.load(tail + rows + place, mask=seen & in_tail, other=-1)
-        offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+    if (whole_tiles < prefix_tiles) & (first <= whole_tiles) & (whole_tiles < last):
+        start = whole_tiles * TILE_N
+        offsets = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+        seen = start + within < length
         # Slots behind the prefix may hold NaN. A score there is replaced, a value must load as 0.
-        key_at = tl.where(in_tail, k + place * k_row, key_pages + offsets)
-        value_at = tl.where(in_tail, v + place * v_row, value_pages + offsets)
-        keys = _load(key_at, seen, HEAD_DIM, TILE_D)
-        values = _load(value_at, seen, HEAD_DIM, TILE_D)
+        keys = _load(key_pages + offsets, seen, HEAD_DIM, TILE_D)
+        values = _load(value_pages + offsets, seen, HEAD_DIM, TILE_D)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        result, peak, total = _fold(scores, values, scale, result, peak, total)
+
+    # The tail by the visibility rule (`tidar.layout.visible`), from what each row is: a matrix of
+    # rows x rows would have to be loaded element by element. Lanes of no row see what is clean.
+    for tile in tl.range(tl.maximum(first, prefix_tiles), last):
+        place = (tile - prefix_tiles) * TILE_N + within
+        seen = place < rows
+        position = tl.load(tail + place, mask=seen, other=2147483647)
+        span = tl.load(tail + rows + place, mask=seen, other=-2)
+        keys = _load(k + place * k_row, seen, HEAD_DIM, TILE_D)
+        values = _load(v + place * v_row, seen, HEAD_DIM, TILE_D)
         clean = position[None, :] < own_anchor[:, None]
         visible = tl.where((span == -1)[None, :], clean, span[None, :] == own_span[:, None])
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(visible & seen[None, :], scores, float("-inf"))
+        scores = tl.where(visible, scores, float("-inf"))
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
     if PDL:
