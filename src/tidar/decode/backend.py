@@ -39,5 +39,8 @@ def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> St
         stepper.mask_token_id,
         stepper.limit,
         replay=stepper.replay,
+        # The fused hidden states are those before the final norm.
+        project=lambda hidden: model.logits(model.norm(hidden)),
+        draws=stepper.draws,
         pdl=backend.pdl,
     )
