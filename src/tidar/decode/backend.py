@@ -29,7 +29,8 @@ def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> St
         from tidar.decode.fused_step import FusedStepper
     except ImportError as error:
         raise TidarError(
-            f"the GPU engine needs Triton ({error}); install it with: pip install 'tidar[kernels]'."
+            f"the GPU engine needs Triton ({error}); install it with: pip install 'tidar[kernels]'. The plain "
+            "engine (engine 'plain') does without, more slowly."
         ) from error
     backend = FusedBackend(model, cache)
     return FusedStepper(

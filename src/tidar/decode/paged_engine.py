@@ -143,9 +143,7 @@ class PagedEngine:
 
         beta: the paper's trust in the causal logits; below 1 the text is lossy.
         """
-        check_request(request, self.model.config)
-        if not 0.0 <= beta <= 1.0:
-            raise TidarError(f"beta is {beta}; it must be from 0 to 1, and only 1 is exact.")
+        self.check(request, beta=beta)
         rule = rule_of(request, beta)
         if rule != COMPARING:
             self._make_rules(rule)
@@ -156,6 +154,13 @@ class PagedEngine:
         self._betas[request_id] = beta
         return request_id
 
+    def check(self, request: Request, *, beta: float = 1.0) -> None:
+        """Raises TidarError for a request that can never run here."""
+        check_request(request, self.model.config)
+        if not 0.0 <= beta <= 1.0:
+            raise TidarError(f"beta is {beta}; it must be from 0 to 1, and only 1 is exact.")
+        self.scheduler.check(request.prompt, request.max_new_tokens)
+
     def abort(self, request_id: int) -> bool:
         """Ends a request that is no longer wanted; False when it had ended before."""
         if self.sequences.pop(request_id, None) is None:
@@ -163,6 +168,8 @@ class PagedEngine:
         del self._betas[request_id]
         self.scheduler.abort(request_id)
         self._leave(request_id)
+        if not self.sequences:
+            self._launched.clear()  # nobody waits for what is still under way
         return True
 
     def run(self, requests: Iterable[Request] = ()) -> Iterator[StepEvent]:
@@ -179,7 +186,6 @@ class PagedEngine:
         finally:
             for request_id in list(self.sequences):
                 self.abort(request_id)
-            self._launched.clear()
 
     def turn(self) -> list[StepEvent]:
         """Launches the next work and reads what is due."""
