@@ -403,3 +403,14 @@ def test_texts_that_compare_are_ar_beside_others(
             expected = ar_text(model, request.prompt, request.max_new_tokens, request.params)
             assert tuple(run.ids) == expected.ids
     assert preempted
+
+
+def test_rounding_leaves_a_token_and_no_nan() -> None:
+    """p equal to q leaves nothing to draw from but p; what was never drawn has no chance of 0 / 0."""
+    p = torch.tensor([[0.25, 0.75, 0.0]])
+    assert torch.equal(weighed_module.residual(p, p), p)
+    q = torch.tensor([[0.5, 0.5, 0.0]])
+    assert torch.equal(weighed_module.residual(p, q), torch.tensor([[0.0, 0.25, 0.0]]))
+    tokens = torch.tensor([[0, 1, 2]])
+    chances = weighed_module.chances(p.expand(1, 3, 3), q.expand(1, 3, 3), tokens)
+    assert chances.tolist() == [[0.5, 1.0, 0.0]]

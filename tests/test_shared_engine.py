@@ -208,3 +208,22 @@ def test_command_line() -> None:
     assert one == other
     assert "--engine" in tidar("generate", "--help").out
     assert "'auto', 'plain' or 'paged'" in refused("generate", "x", "--engine", "fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_everything_is_paged(bundled: package.LanguageModel) -> None:
+    model = package.load(device="cuda", dtype="float32")
+    assert model.pick_engine() == "paged"
+    expected = [bundled.generate(p, **FIXED).ids for p in PROMPTS]
+    assert [model.generate(p, **FIXED).ids for p in PROMPTS] == expected
+    assert [out.ids for out in model.generate_batch(PROMPTS, **FIXED)] == expected
+    assert model.generate(PROMPTS[0], max_new_tokens=40).ids == expected[0]  # by a measured plan
+    held = engine_of(model)
+    rejects: dict[str, Any] = {**FIXED, "temperature": 1.0, "sampling": "rejection"}
+    assert model.generate(PROMPTS[1], **rejects).ids == model.generate(PROMPTS[1], **rejects).ids
+    stream = model.stream(PROMPTS[1], **FIXED, beta=0.5)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert engine_of(model) is held
+    assert_returned(held)

@@ -239,6 +239,8 @@ class PagedEngine:
 
     def _rule(self, request_ids: Iterable[int]) -> Rule:
         """What these requests need together."""
+        if self.slots.rules is None:
+            return COMPARING  # nobody has ever asked for more
         each = (rule_of(self.sequences[i].request, self._betas[i]) for i in request_ids)
         return functools.reduce(Rule.__or__, each)
 

@@ -226,7 +226,7 @@ class Stepper:
         if self.replay is not None:
             shift = self.slots.shift[chosen]
             same = self.replay.passes(prefix, shift, self.slots.seeds[chosen], shape.counting)
-        return verdicts, count_passed(same, lens)
+        return verdicts, count_passed(same, shape.counting[1:] < lens.unsqueeze(1))
 
     def _choose(self, hidden: Tensor, chosen: Tensor, prefix: Tensor, predicts: Tensor) -> Tensor:
         """Choices `[B, N]` of rows `[B, N, hidden_size]`, for positions `prefix + predicts`."""
@@ -262,13 +262,12 @@ class Stepper:
         return shape.first_row[anchor].unsqueeze(1) + inner, anchor.unsqueeze(1) + inner
 
 
-def count_passed(passed: Tensor, lens: Tensor) -> Tensor:
+def count_passed(passed: Tensor, inside: Tensor) -> Tensor:
     """How many draft tokens commit, `[B]`, d[0] among them: up to the first that does not pass.
 
-    passed: bool `[B, K - 1]`, of d[1..]. lens: `[B]`; tokens at and beyond these never pass.
+    passed, inside: bool `[B, K - 1]`, of d[1..]; inside: whether there is such a token.
     """
-    places = torch.arange(1, passed.shape[1] + 1, device=passed.device)
-    return 1 + (passed & (places < lens.unsqueeze(1))).long().cumprod(dim=1).sum(dim=1)
+    return 1 + (passed & inside).long().cumprod(dim=1).sum(dim=1)
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

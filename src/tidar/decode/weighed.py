@@ -29,7 +29,11 @@ def mixture(causal: Tensor, masked: Tensor, betas: Tensor, covered: Tensor) -> T
 
 @dataclass(frozen=True)
 class WeighedStepper(Stepper):
-    """`Stepper` for batches in which some do more than compare. rule: what all of them need together."""
+    """`Stepper` for batches in which some do more than compare. rule: what all of them need together.
+
+    A step holds several `[B, K, V]` at a time, in float32 and int64: for batches of tens of sequences and a
+    large vocabulary that is gigabytes, which the choosing kernels of the fast path never need.
+    """
 
     rule: Rule = COMPARING
 
@@ -74,7 +78,8 @@ class WeighedStepper(Stepper):
             verdicts = torch.where(given == FREE, verdicts, given)
         same = drafts[:, 1:] == verdicts[:, :-1]
         if not self.rule.rejects:
-            return verdicts, count_passed(same, lens)
+            inside = torch.arange(1, count, device=lens.device) < lens.unsqueeze(1)
+            return verdicts, count_passed(same, inside)
         return self._reject(logits, params, chosen, places, drafts, lens, verdicts, same)
 
     def _reject(
@@ -101,7 +106,7 @@ class WeighedStepper(Stepper):
             chance = chances(target[:, :-1], probs, drafts[:, 1:])
             chance = torch.where(inside & rejects, chance, 0.0)
             passed = self.draws.passes(chance, seeds, places[:, :-1])
-            accepted = count_passed(torch.where(rejects, passed, same), lens)
+            accepted = count_passed(torch.where(rejects, passed, same), inside)
         # Only the row at which the draft ends has a token to give.
         last = accepted.unsqueeze(1) - 1
         weights = _row(target, last)
