@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,3 +202,24 @@ def test_reused_prefix_and_long_prompt_on_cuda(excuses: Excuses) -> None:
     for _ in range(2):
         (run,) = collect(engine, [Request(prompt=prompt, max_new_tokens=20)])
         excuses.check(run.ids, ar_text(model, prompt, 20, SamplingParams()))
+
+
+@pytest.mark.parametrize(
+    "schedule", [AUTOREGRESSIVE, dense_schedule(4), Schedule(8, (1, 3))], ids=str
+)
+def test_weighed_texts_are_those_of_a_cpu(schedule: Schedule) -> None:
+    """Rejection, beta and teacher forcing in captured graphs: in float32 the same texts and accept counts."""
+    model = random_model("qwen3")
+    requests, _ = some_requests(model, {"temperature": 1.0, "sampling": "rejection", "top_k": 20})
+    greedy, _ = some_requests(model, {})
+    forced = replace(greedy[0], forced=(*greedy[0].prompt, *[7] * greedy[0].max_new_tokens))
+    limits = EngineLimits(
+        max_running=3, cache_tokens=320, page_size=16, chunk_tokens=16, max_draft_len=8, behind=1
+    )
+    found = []
+    for there in (model, copy.deepcopy(model).cuda()):
+        engine = PagedEngine(there, FixedPlan(schedule), limits)
+        for index, request in enumerate([*requests, forced, *greedy]):
+            engine.submit(request, beta=0.5 if index % 4 == 3 else 1.0)
+        found.append([(event.request_id, event.ids, event.accepted) for event in engine.run()])
+    assert sorted(found[0]) == sorted(found[1])

@@ -297,10 +297,15 @@ def test_what_can_never_run_is_refused_at_once() -> None:
     engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits)
     with pytest.raises(TidarError, match="pages"):
         engine.submit(Request(prompt=(1, 2, 3), max_new_tokens=60))
+    with pytest.raises(TidarError, match=r"beta is 1\.5"):
+        engine.submit(Request(prompt=(1, 2, 3), max_new_tokens=4), beta=1.5)
+    replay = Replay(torch.ones(4))
+    replaying = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits, replay=replay)
     params = SamplingParams(temperature=1.0, sampling="rejection")
-    with pytest.raises(TidarError, match="rejection sampling"):
-        engine.submit(Request(prompt=(1, 2, 3), max_new_tokens=4, params=params))
+    with pytest.raises(TidarError, match="made up"):
+        replaying.submit(Request(prompt=(1, 2, 3), max_new_tokens=4, params=params))
     assert not engine.sequences
+    assert not replaying.sequences
 
 
 def trace(

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent, tokens_per_forward
+from tidar.decode.shared import Job, PlanSpec, SharedEngine
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.methods.tidar import Tidar
@@ -25,6 +27,7 @@ from tidar.tokens import StopMatcher, Tokenizer
 from tidar.weights import Checkpoint, load_checkpoint
 
 MethodName = Literal["tidar", "ar"]
+EngineName = Literal["auto", "plain", "paged"]
 Prompt = str | Sequence[int]
 
 
@@ -92,6 +95,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.network = checkpoint.model
         self.meta = checkpoint.meta
+        self.shared = SharedEngine(checkpoint.model)
         self._plans: dict[tuple[int, int], MeasuredPlan] = {}
         self._warned: set[int] = set()
 
@@ -115,6 +119,29 @@ class LanguageModel:
     ) -> Plan:
         """The plan that `generate` would use for these arguments, for one engine.
 
+        Of the plain engine; the paged one measures itself. repeatable: see `plan_spec`. Raises TidarError for
+        impossible arguments.
+        """
+        spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
+        if spec.schedule is not None:
+            return FixedPlan(spec.schedule)
+        key = (spec.longest, batch)
+        if key not in self._plans:
+            self._plans[key] = MeasuredPlan.measure(
+                self.network, self.method(), batch=batch, draft_lens=spec.draft_lens
+            )
+        return self._plans[key].fresh()
+
+    def plan_spec(
+        self,
+        method: MethodName | None = None,
+        draft_len: int | None = None,
+        span_set: str = "plan",
+        *,
+        repeatable: bool = False,
+    ) -> PlanSpec:
+        """What these arguments ask for: one schedule, or a plan measured over some draft lengths.
+
         repeatable: the text must not depend on timings, as it would with rejection sampling or beta below
         1 under a measured plan; "plan" then means all spans. Raises TidarError for impossible arguments.
         """
@@ -123,7 +150,7 @@ class LanguageModel:
         if method is None:
             method = "tidar" if self.meta else "ar"
         if method == "ar":
-            return FixedPlan(AUTOREGRESSIVE)
+            return PlanSpec(AUTOREGRESSIVE)
         if self.meta is None:
             raise TidarError(
                 f"{self.checkpoint.source} has no 'tidar' entry in its config.json: it was never trained "
@@ -131,22 +158,23 @@ class LanguageModel:
             )
         draft_len = self._check_draft_len(draft_len)
         if span_set != "plan" or repeatable:
-            return FixedPlan(Schedule.parse(draft_len, "dense" if span_set == "plan" else span_set))
+            return PlanSpec(Schedule.parse(draft_len, "dense" if span_set == "plan" else span_set))
         if draft_len > MAX_DRAFT_LEN:
             raise TidarError(
                 f"draft_len is {draft_len}; span set 'plan' weighs K up to {MAX_DRAFT_LEN}. Name a span set, "
                 "such as dense, single or 1,2,4."
             )
-        key = (draft_len, batch)
-        if key not in self._plans:
-            trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]
-            lens = tuple(sorted({*trained, draft_len})) if draft_len > 1 else ()
-            if not lens:
-                return FixedPlan(AUTOREGRESSIVE)
-            self._plans[key] = MeasuredPlan.measure(
-                self.network, self.method(), batch=batch, draft_lens=lens
-            )
-        return self._plans[key].fresh()
+        trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]
+        lens = tuple(sorted({*trained, draft_len})) if draft_len > 1 else ()
+        return PlanSpec(None, lens) if lens else PlanSpec(AUTOREGRESSIVE)
+
+    def pick_engine(self, engine: str = "auto") -> Literal["plain", "paged"]:
+        """`auto` is the paged engine on CUDA and the plain one elsewhere. Raises TidarError for other names."""
+        if engine == "auto":
+            return "paged" if self.network.embed.weight.device.type == "cuda" else "plain"
+        if engine not in ("plain", "paged"):
+            raise TidarError(f"engine is {engine!r}; it must be 'auto', 'plain' or 'paged'.")
+        return "plain" if engine == "plain" else "paged"
 
     def method(self, beta: float = 1.0) -> Tidar:
         """The decoding method; beta below 1 is lossy. Raises TidarError outside 0..1."""
@@ -213,6 +241,7 @@ class LanguageModel:
         draft_len: int | None = None,
         span_set: str = "plan",
         beta: float = 1.0,
+        engine: EngineName = "auto",
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -226,7 +255,9 @@ class LanguageModel:
 
         prompt: text, or token ids. method: "tidar" or "ar"; by default what the checkpoint can do.
         draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single"
-        or numbers such as "1,2,4". sampling: see `tidar.sampling`. Raises TidarError for bad values.
+        or numbers such as "1,2,4". engine: "auto", "plain" or "paged" (see `pick_engine`); with rejection
+        sampling, and with beta below 1, one seed may give another text on the other engine. sampling: see
+        `tidar.sampling`. Raises TidarError for bad values. Closing the iterator early gives all back.
         """
         request, text = self.request(
             prompt,
@@ -239,14 +270,16 @@ class LanguageModel:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        how = self.method(beta)
-        plan = self.plan(
-            method, draft_len, span_set, repeatable=request.params.rejects or beta != 1.0
-        )
-        engine = Engine(self.network, how, plan, max_batch=1)
-        engine.submit(request)
+        how, repeatable = self.method(beta), request.params.rejects or beta != 1.0
+        if self.pick_engine(engine) == "paged":
+            spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
+            jobs = [Job(request, partial(_stream_event, text=text), beta)]
+            return _second(self.shared.run(jobs, spec))
+        plan = self.plan(method, draft_len, span_set, repeatable=repeatable)
+        plain = Engine(self.network, how, plan, max_batch=1)
+        plain.submit(request)
         # From here on a generator: mistakes in the arguments are told by the call itself.
-        return (_stream_event(event, text) for event in engine.run())
+        return (_stream_event(event, text) for event in plain.run())
 
     def generate(self, prompt: Prompt, **options: object) -> Output:
         """Decodes one prompt to its end; the options are those of `stream`."""
@@ -260,23 +293,35 @@ class LanguageModel:
         draft_len: int | None = None,
         span_set: str = "plan",
         beta: float = 1.0,
+        engine: EngineName = "auto",
         max_batch: int = 8,
         **options: object,
     ) -> list[Output]:
         """Decodes several prompts, up to `max_batch` at a time; the tokens are those of `generate`."""
         made = [self.request(prompt, **options) for prompt in prompts]  # type: ignore[arg-type]
-        plan = self.plan(
-            method,
-            draft_len,
-            span_set,
-            batch=min(max_batch, max(len(prompts), 1)),
-            repeatable=beta != 1.0 or any(request.params.rejects for request, _ in made),
-        )
-        engine = Engine(self.network, self.method(beta), plan, max_batch=max_batch)
+        how, size = self.method(beta), min(max_batch, max(len(prompts), 1))
+        repeatable = beta != 1.0 or any(request.params.rejects for request, _ in made)
         events: list[list[StreamEvent]] = [[] for _ in prompts]
-        for event in engine.run(request for request, _ in made):
-            events[event.request_id].append(_stream_event(event, made[event.request_id][1]))
+        if self.pick_engine(engine) == "paged":
+            spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
+            jobs = [Job(r, partial(_stream_event, text=text), beta) for r, text in made]
+            for index, shown in self.shared.run(jobs, spec, max_running=size):
+                events[index].append(shown)
+        else:
+            plan = self.plan(method, draft_len, span_set, batch=size, repeatable=repeatable)
+            plain = Engine(self.network, how, plan, max_batch=max_batch)
+            for event in plain.run(request for request, _ in made):
+                events[event.request_id].append(_stream_event(event, made[event.request_id][1]))
         return [_collect(iter(each)) for each in events]
+
+
+def _second(pairs: Iterator[tuple[int, StreamEvent]]) -> Iterator[StreamEvent]:
+    """The events of an only job; closing it closes `pairs`."""
+    try:
+        for _, event in pairs:
+            yield event
+    finally:
+        pairs.close()  # type: ignore[attr-defined]
 
 
 def _stream_event(event: StepEvent, text: _TextOf) -> StreamEvent:

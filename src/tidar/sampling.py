@@ -163,17 +163,23 @@ class RowParams:
     top_p: Tensor | None = None
 
 
+def process_rows(logits: Tensor, params: RowParams) -> Tensor:
+    """`process` for rows `[N, V]` of different requests; what greedy rows hold is of no use."""
+    greedy = params.temperatures == 0.0
+    scaled = logits.float() / torch.where(greedy, 1.0, params.temperatures).unsqueeze(-1)
+    if params.top_k is not None and params.top_p is not None:
+        return _filtered(scaled, params.top_k.unsqueeze(-1), params.top_p.unsqueeze(-1))
+    return scaled
+
+
 def choose_rows(logits: Tensor, params: RowParams, positions: Tensor) -> Tensor:
     """`choose` for rows of different requests, int64 `[N]`, without a look at any value.
 
     logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
     """
-    greedy = params.temperatures == 0.0
-    scaled = logits.float() / torch.where(greedy, 1.0, params.temperatures).unsqueeze(-1)
-    if params.top_k is not None and params.top_p is not None:
-        scaled = _filtered(scaled, params.top_k.unsqueeze(-1), params.top_p.unsqueeze(-1))
     noise = gumbel_noise(params.seeds, positions, logits.shape[-1])
-    return torch.where(greedy, logits.argmax(dim=-1), (scaled + noise).argmax(dim=-1))
+    drawn = (process_rows(logits, params) + noise).argmax(dim=-1)
+    return torch.where(params.temperatures == 0.0, logits.argmax(dim=-1), drawn)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

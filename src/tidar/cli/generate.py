@@ -44,6 +44,7 @@ StopArg = Annotated[list[str] | None, typer.Option(help="Stop string; may be giv
 IgnoreEosArg = Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")]
 DeviceArg = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
 DtypeArg = Annotated[str, typer.Option(help="auto, float32, bfloat16.")]
+EngineArg = Annotated[str, typer.Option(help="plain, paged, or auto: paged on CUDA.")]
 ShowStepsArg = Annotated[
     bool, typer.Option("--show-steps", help="Colour what each forward pass committed.")
 ]
@@ -68,6 +69,7 @@ def generate(
     ignore_eos: IgnoreEosArg = False,
     device: DeviceArg = "auto",
     dtype: DtypeArg = "auto",
+    engine: EngineArg = "auto",
     show_steps: ShowStepsArg = False,
     as_json: AsJsonArg = False,
 ) -> None:
@@ -90,6 +92,7 @@ def generate(
         draft_len=draft_len,
         span_set=span_set,
         beta=beta,
+        engine=engine,  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

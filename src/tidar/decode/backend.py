@@ -29,7 +29,8 @@ def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> St
         from tidar.decode.fused_step import FusedStepper
     except ImportError as error:
         raise TidarError(
-            f"the GPU engine needs Triton ({error}); install it with: pip install 'tidar[kernels]'."
+            f"the GPU engine needs Triton ({error}); install it with: pip install 'tidar[kernels]'. The plain "
+            "engine (engine 'plain') does without, more slowly."
         ) from error
     backend = FusedBackend(model, cache)
     return FusedStepper(
@@ -39,5 +40,8 @@ def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> St
         stepper.mask_token_id,
         stepper.limit,
         replay=stepper.replay,
+        # The fused hidden states are those before the final norm.
+        project=lambda hidden: model.logits(model.norm(hidden)),
+        draws=stepper.draws,
         pdl=backend.pdl,
     )

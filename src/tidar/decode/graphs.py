@@ -1,7 +1,7 @@
 """Runs decode steps for any batch and schedule: directly, or as captured CUDA graphs.
 
-A graph is captured for each batch size (a power of two; empty places are nobody's slot), schedule and
-sampling filter when it is first asked for. Replaying it is one launch, and nothing in it asks the host.
+A graph is captured for each batch size (a power of two; empty places are nobody's slot), schedule, sampling
+filter and rule of verification when it is first asked for. Replaying it is one launch, and nothing in it asks the host.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tidar.decode.rules import COMPARING, Rule
 from tidar.decode.slots import NOBODY, Stepper, StepShape
+from tidar.decode.weighed import weighed
 from tidar.layout import Schedule
 
-Key = tuple[int, Schedule, bool]
+Key = tuple[int, Schedule, bool, Rule]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +32,29 @@ class Runner:
 
     def __init__(self, stepper: Stepper, max_batch: int, *, graphs: bool) -> None:
         self.stepper, self.max_batch, self.graphs = stepper, max_batch, graphs
-        self._steps: dict[tuple[Schedule, bool], Stepper] = {}
+        self._steps: dict[tuple[Schedule, bool, Rule], Stepper] = {}
         self._captured: dict[Key, _Captured] = {}
         self._chosen: dict[int, tuple[int, ...]] = {}  # by graph: the slots it was last run for
         self._turn = 0
         self._pool: Any = None  # the handle of a graph memory pool
 
-    def __call__(self, schedule: Schedule, slots: Sequence[int], *, filtered: bool) -> Tensor:
-        """Runs a step; its results `[B, 2 + K]` (see `Stepper`) are on the host once the stream is done."""
-        step = self._step(schedule, filtered)
+    def __call__(
+        self,
+        schedule: Schedule,
+        slots: Sequence[int],
+        *,
+        filtered: bool,
+        rule: Rule = COMPARING,
+    ) -> Tensor:
+        """Runs a step; its results `[B, 2 + K]` (see `Stepper`) are on the host once the stream is done.
+
+        rule: what its sequences need together.
+        """
+        step = self._step(schedule, filtered, rule)
         device = self.stepper.slots.prefix.device
         if not self.graphs:
             return step(torch.tensor(slots, device=device)).cpu()
-        captured = self.captured(schedule, len(slots), filtered=filtered)
+        captured = self.captured(schedule, len(slots), filtered=filtered, rule=rule)
         self.seat(captured, slots)
         captured.graph.replay()
         # The host is one step behind at most: of three copies none is written while it is read.
@@ -61,7 +73,7 @@ class Runner:
 
     def rows(self, schedule: Schedule) -> int:
         """Rows of each sequence in a step: those of a full draft, however short its own is."""
-        return len(self._step(schedule, False).shape.tail)
+        return len(self._step(schedule, False, COMPARING).shape.tail)
 
     def to_host(self, values: Tensor) -> Tensor:
         """A copy on the host, complete once the stream is done."""
@@ -70,19 +82,22 @@ class Runner:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return host.copy_(values, non_blocking=True)
 
-    def captured(self, schedule: Schedule, batch: int, *, filtered: bool = False) -> _Captured:
+    def captured(
+        self, schedule: Schedule, batch: int, *, filtered: bool = False, rule: Rule = COMPARING
+    ) -> _Captured:
         """The graph that serves this batch, captured now if it is new."""
         size = min(1 << (batch - 1).bit_length(), max(self.max_batch, batch))
-        key = (size, schedule, filtered)
+        key = (size, schedule, filtered, rule)
         if key not in self._captured:
-            self._captured[key] = self._capture(self._step(schedule, filtered), size)
+            self._captured[key] = self._capture(self._step(schedule, filtered, rule), size)
         return self._captured[key]
 
-    def _step(self, schedule: Schedule, filtered: bool) -> Stepper:
-        key = (schedule, filtered)
+    def _step(self, schedule: Schedule, filtered: bool, rule: Rule) -> Stepper:
+        key = (schedule, filtered, rule)
         if key not in self._steps:
             shape = StepShape(schedule, self.stepper.slots.prefix.device)
-            self._steps[key] = replace(self.stepper, shape=shape, filtered=filtered)
+            step = replace(self.stepper, shape=shape, filtered=filtered)
+            self._steps[key] = step if rule == COMPARING else weighed(step, rule)
         return self._steps[key]
 
     @torch.inference_mode()

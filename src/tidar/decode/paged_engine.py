@@ -4,10 +4,11 @@ Each turn the scheduler names the work: prefill chunks of some requests, a decod
 are launched; what a decode step did is read one turn later where the device runs on its own (a GPU), so
 that it is never idle while the host does its books. Texts are those of plain AR decoding, as everywhere.
 
-Verification is by comparing choices (greedy and shared noise). Rejection sampling, beta and teacher
-forcing are the plain engine's (`tidar.decode.engine`).
+A batch may mix ways to verify: greedy, shared noise, rejection sampling, a beta below 1, teacher forcing. Only
+turns in which some sequence does more than compare choices take the slower step (`tidar.decode.weighed`).
 """
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,9 @@ from tidar.decode.engine import Plan, check_request
 from tidar.decode.graphs import Runner
 from tidar.decode.pages import Pages
 from tidar.decode.prefill import Entry, Prefill
+from tidar.decode.rejection import BY_HASH, Draws
 from tidar.decode.request import FinishReason, Request, Sequence, StepEvent
+from tidar.decode.rules import COMPARING, Rule, SlotRules, rule_of
 from tidar.decode.scheduler import Chunk, Limits, Scheduler, Work
 from tidar.decode.slots import NOBODY, Backend, Replay, Slots, Stepper, StepShape
 from tidar.errors import TidarError
@@ -73,7 +76,8 @@ class _Launched:
 class PagedEngine:
     """Mutable: runs requests to their end. Not for use by several threads at once.
 
-    Raises TidarError for requests that cannot be run, and when the cache does not fit the device.
+    backend, replay, draws: other than the usual ones, for tests and measurements. Raises TidarError for
+    requests that cannot be run, and when the cache does not fit the device.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class PagedEngine:
         *,
         backend: Backend | None = None,
         replay: Replay | None = None,
+        draws: Draws | None = None,
     ) -> None:
         limits = limits or EngineLimits()
         weight = next(model.parameters())
@@ -117,12 +122,15 @@ class PagedEngine:
             model.config.mask_token_id or 0,
             self.limit,
             replay=replay,
+            project=model.logits,
+            draws=draws or BY_HASH,
         )
         if cuda and backend is None:
             stepper = fused_stepper(stepper, model, self.cache)
         self.runner = Runner(stepper, limits.max_running, graphs=cuda)
         self.prefill = Prefill(stepper, graphs=cuda, most=limits.chunk_tokens)
         self.sequences: dict[int, Sequence] = {}
+        self._betas: dict[int, float] = {}
         self.slot_of: dict[int, int] = {}
         self._uploaded: dict[int, int] = {}  # by request: pages of its table on the device
         self._free_slots = list(range(limits.max_running, NOBODY, -1))
@@ -130,26 +138,38 @@ class PagedEngine:
         self._mark = self._prefill_seconds = 0.0
         self._next_id = 0
 
-    def submit(self, request: Request) -> int:
-        """Queues a request and returns its id. Raises TidarError for one that can never run."""
-        check_request(request, self.model.config)
-        if request.params.rejects or request.forced is not None:
-            raise TidarError(
-                "This engine verifies by comparing choices; rejection sampling and teacher forcing are the "
-                "plain engine's."
-            )
+    def submit(self, request: Request, *, beta: float = 1.0) -> int:
+        """Queues a request and returns its id. Raises TidarError for one that can never run.
+
+        beta: the paper's trust in the causal logits; below 1 the text is lossy.
+        """
+        self.check(request, beta=beta)
+        rule = rule_of(request, beta)
+        if rule != COMPARING:
+            self._make_rules(rule)
         request_id = self._next_id
         self.scheduler.add(request_id, request.prompt, request.max_new_tokens)
         self._next_id += 1
         self.sequences[request_id] = Sequence(request_id, request)
+        self._betas[request_id] = beta
         return request_id
+
+    def check(self, request: Request, *, beta: float = 1.0) -> None:
+        """Raises TidarError for a request that can never run here."""
+        check_request(request, self.model.config)
+        if not 0.0 <= beta <= 1.0:
+            raise TidarError(f"beta is {beta}; it must be from 0 to 1, and only 1 is exact.")
+        self.scheduler.check(request.prompt, request.max_new_tokens)
 
     def abort(self, request_id: int) -> bool:
         """Ends a request that is no longer wanted; False when it had ended before."""
         if self.sequences.pop(request_id, None) is None:
             return False
+        del self._betas[request_id]
         self.scheduler.abort(request_id)
         self._leave(request_id)
+        if not self.sequences:
+            self._launched.clear()  # nobody waits for what is still under way
         return True
 
     def run(self, requests: Iterable[Request] = ()) -> Iterator[StepEvent]:
@@ -166,7 +186,6 @@ class PagedEngine:
         finally:
             for request_id in list(self.sequences):
                 self.abort(request_id)
-            self._launched.clear()
 
     def turn(self) -> list[StepEvent]:
         """Launches the next work and reads what is due."""
@@ -196,7 +215,8 @@ class PagedEngine:
         if work.decodes:
             slots = [self.slot_of[request_id] for request_id in work.decodes]
             filtered = any(self._filters(request_id) for request_id in work.decodes)
-            results = self.runner(schedule, slots, filtered=filtered)
+            rule = self._rule(work.decodes)
+            results = self.runner(schedule, slots, filtered=filtered, rule=rule)
         chunks = [(chunk, self._prefill(chunk, schedule)) for chunk in work.chunks]
         ready = None
         if self.device.type == "cuda":
@@ -217,11 +237,32 @@ class PagedEngine:
         params = self.sequences[request_id].request.params
         return not params.greedy and (params.top_k > 0 or params.top_p < 1.0)
 
+    def _rule(self, request_ids: Iterable[int]) -> Rule:
+        """What these requests need together."""
+        if self.slots.rules is None:
+            return COMPARING  # nobody has ever asked for more
+        each = (rule_of(self.sequences[i].request, self._betas[i]) for i in request_ids)
+        return functools.reduce(Rule.__or__, each)
+
+    def _make_rules(self, rule: Rule) -> None:
+        """Room on the device for requests that need this rule, beside those that run already."""
+        if self.runner.stepper.replay is not None:
+            raise TidarError(
+                "An acceptance that is made up can only be replayed by comparing choices."
+            )
+        state, like = self.slots, self.model.embed.weight
+        if state.rules is None:
+            count = self.runner.max_batch
+            state.rules = SlotRules(self.model.config, count, self.max_draft_len, like)
+        state.rules.make_room(rule)
+
     def _enter(self, request_id: int) -> None:
         slot = self._free_slots.pop()
         self.slot_of[request_id] = slot
-        params = self.sequences[request_id].request.params
-        state = self.slots
+        request = self.sequences[request_id].request
+        params, state = request.params, self.slots
+        if state.rules is not None:
+            state.rules.enter(slot, request, self._betas[request_id])
         state.page_table[slot] = 0
         state.seeds[slot] = params.seed
         state.temperatures[slot] = params.temperature
@@ -261,6 +302,7 @@ class PagedEngine:
             entry,
             schedule if chunk.last else None,
             filtered=self._filters(chunk.request_id),
+            rule=self._rule((chunk.request_id,)) if chunk.last else COMPARING,
         )
         return None if first is None else self.runner.to_host(first)
 

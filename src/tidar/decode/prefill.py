@@ -7,13 +7,15 @@ lies beyond the prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tidar.decode.rules import COMPARING, Rule
 from tidar.decode.slots import Slots, Stepper
+from tidar.decode.weighed import first_draft, weighed
 from tidar.layout import CLEAN, Schedule
 from tidar.paged_cache import PagedRows
 
@@ -53,18 +55,26 @@ class Prefill:
         self._pool: Any = None  # the handle of a graph memory pool
 
     def __call__(
-        self, tokens: Sequence[int], entry: Entry, schedule: Schedule | None, *, filtered: bool
+        self,
+        tokens: Sequence[int],
+        entry: Entry,
+        schedule: Schedule | None,
+        *,
+        filtered: bool,
+        rule: Rule = COMPARING,
     ) -> Tensor | None:
         """Runs the tokens of a chunk, which stand at `entry.start ..`.
 
         schedule: with the last chunk, how drafting begins. The slot then holds the first draft, and the
-        result is d[0], `[1]` on the device. filtered: whether the request uses top-k or top-p.
+        result is d[0], `[1]` on the device. filtered: whether the request uses top-k or top-p. rule: how it
+        verifies.
         """
         masks = schedule.draft_len if schedule is not None and schedule.drafts else 0
         choices = 0 if schedule is None else max(1, masks)
-        if not self.graphs or filtered:
+        if not self.graphs or filtered or rule != COMPARING:
             shape = ChunkShape(len(tokens), masks, choices)
-            return self._run(shape, self._pack(shape, tokens, entry).to(self._device), filtered)
+            buffer = self._pack(shape, tokens, entry).to(self._device)
+            return self._run(shape, buffer, filtered, rule)
         clean = min(max(SMALLEST, 1 << (len(tokens) - 1).bit_length()), max(self.most, len(tokens)))
         shape = ChunkShape(clean, masks, choices)
         if shape not in self._captured:
@@ -102,7 +112,9 @@ class Prefill:
         return torch.cat((ids, positions, offsets, span, anchor, pick, places, news))
 
     @torch.inference_mode()
-    def _run(self, shape: ChunkShape, buffer: Tensor, filtered: bool) -> Tensor | None:
+    def _run(
+        self, shape: ChunkShape, buffer: Tensor, filtered: bool = False, rule: Rule = COMPARING
+    ) -> Tensor | None:
         """The chunk as tensor arithmetic; asks nothing of the host."""
         state, backend, width = self._slots, self.stepper.backend, shape.width
         sizes = [width, width, 3 * width, shape.choices, shape.choices, 1, 1, 1, 1, 1]
@@ -112,8 +124,13 @@ class Prefill:
         hidden = backend.forward(ids.view(1, -1), positions.view(1, -1), paged)
         if not shape.choices:
             return None
-        params = state.params(slot, shape.choices, filtered=filtered)
-        draft = backend.choose(hidden[0, pick], params, places)
+        if rule == COMPARING:
+            params = state.params(slot, shape.choices, filtered=filtered)
+            draft = backend.choose(hidden[0, pick], params, places)
+        else:
+            step = weighed(replace(self.stepper, filtered=filtered), rule)
+            span = hidden[:, shape.clean : shape.clean + 1] if shape.masks else None
+            draft = first_draft(step, hidden[:, pick], span, slot, places)
         state.drafts[slot, : shape.choices] = draft
         state.prefix[slot] = end.int()
         state.lens[slot] = length
@@ -130,10 +147,10 @@ class Prefill:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(shape, buffer, False)
+                self._run(shape, buffer)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            first = self._run(shape, buffer, False)
+            first = self._run(shape, buffer)
         self._pool = graph.pool()
         return graph, buffer, first

@@ -127,11 +127,13 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, request_id: int, tokens: Sequence[int], max_new_tokens: int) -> None:
-        """Queues a request. `tokens`: its prompt.
-
-        Raises TidarError for a request that could not run to its end even with all pages to itself.
-        """
+        """Queues a request. `tokens`: its prompt. Raises TidarError as `check` does."""
         assert self._find(request_id) is None, f"request {request_id} is here already"
+        self.check(tokens, max_new_tokens)
+        self._waiting[request_id] = _Entry(request_id, list(tokens))
+
+    def check(self, tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raises TidarError for a request that could not run to its end even with all pages to itself."""
         size, lookahead, limit = len(tokens), self.limits.lookahead, self.limits.max_positions
         if size < 1:
             raise TidarError("The prompt has no tokens; it must have at least one.")
@@ -152,7 +154,6 @@ class Scheduler:
                 f"{self.pages.usable} pages of {self.pages.page_size} positions. Raise num_pages to "
                 f"{needed + 1}, lower max_new_tokens, or shorten the prompt."
             )
-        self._waiting[request_id] = _Entry(request_id, list(tokens))
 
     def next(self) -> Work:
         """What to run next: every sequence that is through its prefill, and as much prefill as fits.

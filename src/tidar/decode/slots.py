@@ -3,7 +3,8 @@
 A step reads each sequence's draft from its slot, runs the rows, verifies, picks the span that carries
 on, and leaves the next draft in the slot: the rule of `tidar.methods.tidar`, whole batches at a time and
 with no value read back. So it can be captured in a CUDA graph; on a CPU it is ordinary PyTorch, and the
-laws are tested there. Verification is by comparing choices (greedy, or shared noise).
+laws are tested there. Verification is by comparing choices (greedy, or shared noise); `tidar.decode.weighed`
+has the step for batches in which some sequence needs more.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tidar.decode.rejection import BY_HASH, Draws
+from tidar.decode.rules import SlotRules
 from tidar.layout import Schedule, Tail, build_tail, nearest_anchor, spans_for
+from tidar.methods import Project
 from tidar.paged_cache import PagedRows
 from tidar.sampling import RowParams, mix
 
@@ -40,7 +44,8 @@ class Slots:
     """Mutable device state of up to `count` running sequences; slot 0 is nobody's.
 
     prefix: committed tokens. drafts, lens: the draft awaiting verification, and its length L. left:
-    tokens that may be emitted after d[0]. shift: how far the draft was shifted (for replays).
+    tokens that may be emitted after d[0]. shift: how far the draft was shifted (for replays). rules: None
+    until a request comes that does more than compare choices.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Slots:
         self.top_k = torch.zeros(size, dtype=torch.int64, device=device)
         self.top_p = torch.ones(size, dtype=torch.float32, device=device)
         self.page_table = torch.zeros(size, max_pages, dtype=torch.int32, device=device)
+        self.rules: SlotRules | None = None
 
     def params(self, slots: Tensor, rows: int, *, filtered: bool) -> RowParams:
         """Sampling parameters of `rows` rows for each of these slots, in that order."""
@@ -153,7 +159,8 @@ class Stepper:
 
     limit: positions of the model. filtered: whether any sequence uses top-k or top-p. all_rows: project
     every row at once; else the draft rows, then the chosen spans (one pass over the vocabulary's weights
-    against two, of fewer rows); None decides by the number of rows.
+    against two, of fewer rows); None decides by the number of rows. project, draws: what steps need that
+    look at probabilities, logits of hidden states `[N, hidden_size]` and where their chance comes from.
     """
 
     slots: Slots
@@ -164,6 +171,8 @@ class Stepper:
     filtered: bool = False
     all_rows: bool | None = None
     replay: Replay | None = None
+    project: Project | None = None
+    draws: Draws = BY_HASH
 
     def __call__(self, chosen: Tensor) -> Tensor:
         """Runs the step for the slots `chosen`, int64 `[B]`.
@@ -181,13 +190,7 @@ class Stepper:
         positions = prefix.unsqueeze(1) + shape.offsets
         rows = PagedRows(state.page_table[chosen], prefix, shape.attributes, size)
         hidden = self.backend.forward(ids, positions.clamp(max=self.limit - 1), rows)
-        wide = width if self.projects_all(len(chosen)) else size
-        verdicts = self._choose(hidden[:, :wide], chosen, prefix, shape.predicts[:wide])
-        same = drafts[:, 1:] == verdicts[:, : size - 1]
-        if self.replay is not None:
-            shift = state.shift[chosen]
-            same = self.replay.passes(prefix, shift, state.seeds[chosen], shape.counting)
-        accepted = 1 + (same & filled[:, 1:]).long().cumprod(dim=1).sum(dim=1)
+        verdicts, accepted = self._verify(hidden, chosen, prefix, drafts, lens)
         token = verdicts.gather(1, accepted.unsqueeze(1) - 1)
         emitted = torch.cat((drafts[:, 1:], token), dim=1)
         emitted = torch.where(shape.counting == accepted.unsqueeze(1) - 1, token, emitted)
@@ -209,6 +212,22 @@ class Stepper:
             return batch * len(self.shape.tail) <= MEMORY_BOUND_ROWS
         return self.all_rows
 
+    def _verify(
+        self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choices `[B, K or W]` of the rows, and how many draft tokens commit, `[B]`.
+
+        The choice of row n - 1 is the token that comes after n committed ones.
+        """
+        shape, size = self.shape, self.shape.schedule.draft_len
+        wide = len(shape.tail) if self.projects_all(len(chosen)) else size
+        verdicts = self._choose(hidden[:, :wide], chosen, prefix, shape.predicts[:wide])
+        same = drafts[:, 1:] == verdicts[:, : size - 1]
+        if self.replay is not None:
+            shift = self.slots.shift[chosen]
+            same = self.replay.passes(prefix, shift, self.slots.seeds[chosen], shape.counting)
+        return verdicts, count_passed(same, shape.counting[1:] < lens.unsqueeze(1))
+
     def _choose(self, hidden: Tensor, chosen: Tensor, prefix: Tensor, predicts: Tensor) -> Tensor:
         """Choices `[B, N]` of rows `[B, N, hidden_size]`, for positions `prefix + predicts`."""
         count = hidden.shape[1]
@@ -226,13 +245,31 @@ class Stepper:
         shift: Tensor,
     ) -> Tensor:
         """The next d[1..], `[B, K - 1]`, from the later rows of each sequence's chosen span."""
-        shape = self.shape
-        if shape.schedule.draft_len == 1:
+        if self.shape.schedule.draft_len == 1:
             return verdicts[:, :0]
-        # Behind the span's end anything may stand: the draft is shorter than that.
-        inner = (shift.unsqueeze(1) + shape.counting[1:]).clamp(max=shape.schedule.draft_len - 1)
-        rows = shape.first_row[anchor].unsqueeze(1) + inner
+        rows, predicts = self._drafting_rows(anchor, shift)
         if self.projects_all(len(chosen)):
             return verdicts.gather(1, rows)
-        picked = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self._choose(picked, chosen, prefix, anchor.unsqueeze(1) + inner)
+        return self._choose(gather_rows(hidden, rows), chosen, prefix, predicts)
+
+    def _drafting_rows(self, anchor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the step that draft d[1..], and the positions they predict, minus the prefix length.
+
+        Both `[B, K - 1]`. Behind the span's end anything may stand: the draft is shorter than that.
+        """
+        shape = self.shape
+        inner = (shift.unsqueeze(1) + shape.counting[1:]).clamp(max=shape.schedule.draft_len - 1)
+        return shape.first_row[anchor].unsqueeze(1) + inner, anchor.unsqueeze(1) + inner
+
+
+def count_passed(passed: Tensor, inside: Tensor) -> Tensor:
+    """How many draft tokens commit, `[B]`, d[0] among them: up to the first that does not pass.
+
+    passed, inside: bool `[B, K - 1]`, of d[1..]; inside: whether there is such a token.
+    """
+    return 1 + (passed & inside).long().cumprod(dim=1).sum(dim=1)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[B, N]` of hidden states `[B, W, hidden_size]`, `[B, N, hidden_size]`."""
+    return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
