@@ -36,6 +36,7 @@ from tidar.layout import (
     dense,
     dense_schedule,
     training_rows,
+    two_forward,
 )
 from tidar.methods import Draft, Pending, Project, Step, Verdict
 from tidar.methods.tidar import Cell, Tidar
@@ -58,11 +59,14 @@ def method(model: Transformer, beta: float = 1.0) -> Tidar:
     return Tidar(model.config.mask_token_id, beta)
 
 
-def span_set(kind: str, draft_len: int, rng: random.Random) -> tuple[int, ...]:
+def make_schedule(kind: str, draft_len: int, rng: random.Random) -> Schedule:
     counts = range(1, draft_len + 1)
+    if kind == "two-forward":
+        return two_forward(draft_len)
     if kind == "random":
-        return tuple(sorted(rng.sample(counts, rng.randint(1, draft_len))))
-    return {"dense": tuple(counts), "single": (1,), "empty": (), "last": (draft_len,)}[kind]
+        return Schedule(draft_len, tuple(sorted(rng.sample(counts, rng.randint(1, draft_len)))))
+    sets = {"dense": tuple(counts), "single": (1,), "empty": (), "last": (draft_len,)}
+    return Schedule(draft_len, sets[kind])
 
 
 Wanted = Callable[[int, int], int]
@@ -177,12 +181,12 @@ class Recorder(Tidar):
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("kind", ["dense", "random"])
+@pytest.mark.parametrize("kind", ["dense", "random", "two-forward"])
 def test_mask_rows_change_no_clean_logit_in_decoding(name: str, kind: str) -> None:
     """The draft rows of every step equal a causal forward over committed and draft tokens."""
     model = any_model(name)
     draft_len = 5
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(2)))
+    schedule = make_schedule(kind, draft_len, random.Random(2))
     recorder = Recorder(method(model).mask_token_id)
     requests = [
         Request(
@@ -231,9 +235,7 @@ def check_batch(
     rng.shuffle(requests)
     known = {tag: text.all for tag, text in texts.items()}
     chosen = scripted(model, known, varied(draft_len)) if force else method(model)
-    engine = make_engine(
-        model, chosen, Schedule(draft_len, span_set(kind, draft_len, rng)), max_batch=max_batch
-    )
+    engine = make_engine(model, chosen, make_schedule(kind, draft_len, rng), max_batch=max_batch)
 
     events = 0
 
@@ -257,13 +259,13 @@ def check_batch(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_output_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
     """Every K, span set, batch size and order; drafts natural and forced; some runs preempted."""
-    kinds = ["dense", "single", "random", "empty", "last"]
+    kinds = ["dense", "single", "random", "two-forward", "empty", "last"]
     shift = draft_len + FAMILIES.index(name)
     for turn in range(3):
         check_batch(
             name,
             draft_len,
-            kinds[(shift + turn) % 5],
+            kinds[(shift + turn) % 6],
             excuses,
             seed=turn,
             force=turn > 0,
@@ -276,7 +278,7 @@ def test_output_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_output_of_trained_checkpoints_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
     any_model(name)
-    for turn, kind in enumerate(("dense", "random", "empty")):
+    for turn, kind in enumerate(("dense", "random", "empty", "two-forward")):
         check_batch(
             name,
             draft_len,
@@ -333,16 +335,46 @@ def test_shifted_drafts(spans: tuple[int, ...], excuses: Excuses) -> None:
             expected = 1 if nearest is None else max(1, draft_len - (accepted - nearest))
 
 
+@pytest.mark.parametrize("draft_len", [2, 5])
+def test_two_forward_alternates(draft_len: int, excuses: Excuses) -> None:
+    """Forced to n: n tokens from a step without spans, then one from a step with a span; prompts of all kinds."""
+    model = random_model("qwen2")
+    for length in (1, 4):
+        prompt = random_prompt(model, length, 6)
+        text = ar_text(model, prompt, 40, SamplingParams())
+        for count in range(1, draft_len + 1):
+            engine = make_engine(
+                model, scripted(model, {0: text.all}, always(count)), two_forward(draft_len)
+            )
+            request = Request(prompt=prompt, max_new_tokens=26)
+            for _ in range(
+                2
+            ):  # a second text starts in the right phase, wherever the first one ended
+                steps = [event for event in engine.run([request]) if not event.prefill]
+                pairs = list(zip(steps[::2], steps[1::2], strict=False))
+                assert len(pairs) >= 4
+                for verify, draft in pairs[:-1]:  # the last may have fewer tokens left
+                    assert (verify.accepted, draft.accepted) == (count, 1)
+                    assert (verify.drafted, draft.drafted) == (draft_len, 1)
+                    assert (verify.rows, draft.rows) == (draft_len, 1 + draft_len)
+                assert sum(len(event.ids) for event in steps) == 25
+            (run,) = run_engine(engine, [request])
+            excuses.check(run.ids, text, text.ids[:26])
+
+
+@pytest.mark.parametrize("kind", ["dense", "two-forward"])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_ends_inside_a_run(count: int, params: dict[str, Any], excuses: Excuses) -> None:
+def test_ends_inside_a_run(count: int, params: dict[str, Any], kind: str, excuses: Excuses) -> None:
     """End-of-text, stop and max_new_tokens at every offset: the text is cut at the right token."""
     model, draft_len = random_model("mistral"), 4
     sampling = SamplingParams(seed=5, **params)
     prompt = random_prompt(model, 5, 3)
     text = ar_text(model, prompt, 30, sampling)
     engine = make_engine(
-        model, scripted(model, {5: text.all}, always(count)), dense_schedule(draft_len)
+        model,
+        scripted(model, {5: text.all}, always(count)),
+        make_schedule(kind, draft_len, random.Random(0)),
     )
     ends = []
     for end in range(1, 14):
@@ -404,11 +436,11 @@ def test_no_more_is_drafted_than_is_left(excuses: Excuses) -> None:
 
 
 @pytest.mark.parametrize("draft_len", [1, 2, 4, 7])
-@pytest.mark.parametrize("kind", ["dense", "empty", "random"])
+@pytest.mark.parametrize("kind", ["dense", "empty", "random", "two-forward"])
 def test_context_end(draft_len: int, kind: str, excuses: Excuses) -> None:
     """Up to the model's last position and no further, alone and in a batch of unequal sequences."""
     model = random_model("qwen2", limit=24)
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(draft_len)))
+    schedule = make_schedule(kind, draft_len, random.Random(draft_len))
     requests, texts = [], {}
     for tag, length in enumerate([23, 22, 20, 15, 9]):
         prompt = random_prompt(model, length, tag)
@@ -475,8 +507,8 @@ def test_engine_equals_reference(name: str, draft_len: int, excuses: Excuses) ->
     """Tokens and accept counts, drafts as the model makes them."""
     model = any_model(name)
     rng = random.Random(f"{name}/{draft_len}")
-    for kind in ("dense", "random", "empty"):
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+    for kind in ("dense", "random", "empty", "two-forward"):
+        schedule = make_schedule(kind, draft_len, rng)
         prompt = random_prompt(model, rng.randint(1, 9), rng.randrange(100))
         params = SamplingParams(seed=rng.randrange(100), **rng.choice(SAMPLED))
         text = ar_text(model, prompt, 14, params)
@@ -489,7 +521,7 @@ def test_engine_equals_reference(name: str, draft_len: int, excuses: Excuses) ->
 
 
 @pytest.mark.parametrize("draft_len", [2, 5, 9])
-@pytest.mark.parametrize("kind", ["dense", "random", "single", "last"])
+@pytest.mark.parametrize("kind", ["dense", "random", "single", "last", "two-forward"])
 def test_engine_equals_reference_when_much_is_accepted(
     draft_len: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,7 +543,7 @@ def test_engine_equals_reference_when_much_is_accepted(
             return list(scripted_draft(text, positions, wish, mask, vocab)), None
 
     monkeypatch.setattr(reference_module, "ReferenceDecoder", ScriptedReference)
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(kind)))
+    schedule = make_schedule(kind, draft_len, random.Random(kind))
     chosen = scripted(model, {9: text}, wanted)
     for eos_ids in (frozenset[int](), frozenset({text[len(prompt) + 12]})):
         for count in (1, 11, 60):
@@ -528,8 +560,8 @@ def test_engine_equals_reference_under_rejection_sampling(name: str, draft: str)
     """The same stream of draws, used in the same order."""
     model = random_model(name)
     params: dict[str, Any] = {"sampling": "rejection", "draft": draft}
-    for draft_len, spans in ((4, (1, 2, 3, 4)), (6, (1, 3)), (5, ())):
-        schedule = Schedule(draft_len, spans)
+    for schedule in (dense_schedule(4), Schedule(6, (1, 3)), Schedule(5, ()), two_forward(5)):
+        draft_len = schedule.draft_len
         request = Request(
             prompt=random_prompt(model, 5, draft_len),
             max_new_tokens=20,
@@ -546,9 +578,9 @@ def test_beta_equals_reference(name: str, beta: float) -> None:
     model = random_model(name, limit=32)
     rng = random.Random(f"{name}/{beta}")
     differs = 0
-    for kind in ("dense", "random", "empty", "last"):
+    for kind in ("dense", "random", "empty", "last", "two-forward"):
         draft_len = rng.choice([2, 4, 7])
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+        schedule = make_schedule(kind, draft_len, rng)
         requests = [
             Request(prompt=random_prompt(model, length, length), max_new_tokens=count)
             for length, count in ((31, 40), (22, 40), (4, 15), (1, 12))
@@ -593,7 +625,7 @@ def test_cache_equals_one_from_scratch(name: str, force: bool) -> None:
     model = any_model(name)
     rng = random.Random(f"{name}/{force}")
     draft_len = 5
-    for kind, preempt in (("dense", False), ("random", True)):
+    for kind, preempt in (("dense", False), ("random", True), ("two-forward", True)):
         texts, requests = {}, []
         for tag in range(5):
             prompt = random_prompt(model, rng.randint(1, 12), tag)
@@ -603,7 +635,7 @@ def test_cache_equals_one_from_scratch(name: str, force: bool) -> None:
                 Request(prompt=prompt, max_new_tokens=rng.randint(2, 16), params=params)
             )
         chosen = scripted(model, texts, varied(draft_len)) if force else method(model)
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+        schedule = make_schedule(kind, draft_len, rng)
         engine = make_engine(model, chosen, schedule, max_batch=3)
         checked = 0
 
