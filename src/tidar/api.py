@@ -135,7 +135,7 @@ class LanguageModel:
         if draft_len > MAX_DRAFT_LEN:
             raise TidarError(
                 f"draft_len is {draft_len}; span set 'plan' weighs K up to {MAX_DRAFT_LEN}. Name a span set, "
-                "such as dense, single or 1,2,4."
+                "such as dense, single, two-forward or 1,2,4."
             )
         key = (draft_len, batch)
         if key not in self._plans:
@@ -225,8 +225,8 @@ class LanguageModel:
         """Decodes one prompt, an event per forward pass; only committed text is shown.
 
         prompt: text, or token ids. method: "tidar" or "ar"; by default what the checkpoint can do.
-        draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single"
-        or numbers such as "1,2,4". sampling: see `tidar.sampling`. Raises TidarError for bad values.
+        draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single",
+        "two-forward" or numbers such as "1,2,4". sampling: see `tidar.sampling`. Raises TidarError for bad values.
         """
         request, text = self.request(
             prompt,

@@ -120,7 +120,8 @@ def capture_candidates(engine: PagedEngine, plan: MeasuredPlan) -> None:
     batch = 1
     while batch <= engine.runner.max_batch:
         for schedule in _within((AUTOREGRESSIVE, *plan.candidates), batch):
-            engine.runner.captured(schedule, batch)
+            for step in schedule.steps:
+                engine.runner.captured(step, batch)
         batch *= 2
 
 
