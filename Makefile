@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
-CODE := $(wildcard src tests tools recipes benchmarks)
+CODE := $(wildcard src tests tools recipes benchmarks experiments)
 UV := $(shell command -v uv 2>/dev/null)
 
 ifeq ($(UV),)

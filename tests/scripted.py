@@ -8,6 +8,7 @@ from typing import Any
 from models import CHECKPOINTS, FAMILIES
 from torch import Tensor
 
+from tidar.layout import Schedule, two_forward
 from tidar.methods import Draft, Project, Step
 from tidar.methods.tidar import Cell, Tidar
 from tidar.model import Transformer
@@ -29,11 +30,14 @@ def method(model: Transformer, beta: float = 1.0) -> Tidar:
     return Tidar(model.config.mask_token_id, beta)
 
 
-def span_set(kind: str, draft_len: int, rng: random.Random) -> tuple[int, ...]:
+def make_schedule(kind: str, draft_len: int, rng: random.Random) -> Schedule:
     counts = range(1, draft_len + 1)
+    if kind == "two-forward":
+        return two_forward(draft_len)
     if kind == "random":
-        return tuple(sorted(rng.sample(counts, rng.randint(1, draft_len))))
-    return {"dense": tuple(counts), "single": (1,), "empty": (), "last": (draft_len,)}[kind]
+        return Schedule(draft_len, tuple(sorted(rng.sample(counts, rng.randint(1, draft_len)))))
+    sets = {"dense": tuple(counts), "single": (1,), "empty": (), "last": (draft_len,)}
+    return Schedule(draft_len, sets[kind])
 
 
 Wanted = Callable[[int, int], int]

@@ -42,7 +42,7 @@ from tidar.decode.request import Request
 from tidar.decode.spec import parse_method, parse_methods
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.model import num_parameters
 from tidar.sampling import SamplingParams
 from tidar.weights import save_checkpoint
@@ -75,6 +75,9 @@ def made_up(seconds: Sequence[float], tokens: int = 10) -> list[Pass]:
 
 def test_methods_by_name() -> None:
     specs = parse_methods("ar,tidar:16:dense,tidar:4:1,2,tidar:8,tidar:plan")
+    short, long = parse_methods("tidar:two-forward,tidar:4:two-forward")
+    assert (short.name, short.schedule) == ("tidar:16:two-forward", two_forward(16))
+    assert (long.schedule, long.is_ar) == (two_forward(4), False)
     assert [spec.schedule for spec in specs] == [
         AUTOREGRESSIVE,
         dense_schedule(16),

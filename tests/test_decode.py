@@ -17,10 +17,10 @@ from models import (
     random_prompt,
     run_engine,
 )
-from scripted import ALL_MODELS, SAMPLED, always, method, scripted, span_set, varied
+from scripted import ALL_MODELS, SAMPLED, always, make_schedule, method, scripted, varied
 
 from tidar.decode.request import Request, Stopper
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.sampling import SamplingParams
 
 
@@ -64,9 +64,7 @@ def check_batch(
     rng.shuffle(requests)
     known = {tag: text.all for tag, text in texts.items()}
     chosen = scripted(model, known, varied(draft_len)) if force else method(model)
-    engine = make_engine(
-        model, chosen, Schedule(draft_len, span_set(kind, draft_len, rng)), max_batch=max_batch
-    )
+    engine = make_engine(model, chosen, make_schedule(kind, draft_len, rng), max_batch=max_batch)
 
     events = 0
 
@@ -90,13 +88,13 @@ def check_batch(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_output_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
     """Every K, span set, batch size and order; drafts natural and forced; some runs preempted."""
-    kinds = ["dense", "single", "random", "empty", "last"]
+    kinds = ["dense", "single", "random", "two-forward", "empty", "last"]
     shift = draft_len + FAMILIES.index(name)
     for turn in range(3):
         check_batch(
             name,
             draft_len,
-            kinds[(shift + turn) % 5],
+            kinds[(shift + turn) % 6],
             excuses,
             seed=turn,
             force=turn > 0,
@@ -109,7 +107,7 @@ def test_output_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_output_of_trained_checkpoints_is_ar(name: str, draft_len: int, excuses: Excuses) -> None:
     any_model(name)
-    for turn, kind in enumerate(("dense", "random", "empty")):
+    for turn, kind in enumerate(("dense", "random", "empty", "two-forward")):
         check_batch(
             name,
             draft_len,
@@ -166,16 +164,46 @@ def test_shifted_drafts(spans: tuple[int, ...], excuses: Excuses) -> None:
             expected = 1 if nearest is None else max(1, draft_len - (accepted - nearest))
 
 
+@pytest.mark.parametrize("draft_len", [2, 5])
+def test_two_forward_alternates(draft_len: int, excuses: Excuses) -> None:
+    """Forced to n: n tokens from a step without spans, then one from a step with a span; prompts of all kinds."""
+    model = random_model("qwen2")
+    for length in (1, 4):
+        prompt = random_prompt(model, length, 6)
+        text = ar_text(model, prompt, 40, SamplingParams())
+        for count in range(1, draft_len + 1):
+            engine = make_engine(
+                model, scripted(model, {0: text.all}, always(count)), two_forward(draft_len)
+            )
+            request = Request(prompt=prompt, max_new_tokens=26)
+            for _ in range(
+                2
+            ):  # a second text starts in the right phase, wherever the first one ended
+                steps = [event for event in engine.run([request]) if not event.prefill]
+                pairs = list(zip(steps[::2], steps[1::2], strict=False))
+                assert len(pairs) >= 4
+                for verify, draft in pairs[:-1]:  # the last may have fewer tokens left
+                    assert (verify.accepted, draft.accepted) == (count, 1)
+                    assert (verify.drafted, draft.drafted) == (draft_len, 1)
+                    assert (verify.rows, draft.rows) == (draft_len, 1 + draft_len)
+                assert sum(len(event.ids) for event in steps) == 25
+            (run,) = run_engine(engine, [request])
+            excuses.check(run.ids, text, text.ids[:26])
+
+
+@pytest.mark.parametrize("kind", ["dense", "two-forward"])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_ends_inside_a_run(count: int, params: dict[str, Any], excuses: Excuses) -> None:
+def test_ends_inside_a_run(count: int, params: dict[str, Any], kind: str, excuses: Excuses) -> None:
     """End-of-text, stop and max_new_tokens at every offset: the text is cut at the right token."""
     model, draft_len = random_model("mistral"), 4
     sampling = SamplingParams(seed=5, **params)
     prompt = random_prompt(model, 5, 3)
     text = ar_text(model, prompt, 30, sampling)
     engine = make_engine(
-        model, scripted(model, {5: text.all}, always(count)), dense_schedule(draft_len)
+        model,
+        scripted(model, {5: text.all}, always(count)),
+        make_schedule(kind, draft_len, random.Random(0)),
     )
     ends = []
     for end in range(1, 14):
@@ -237,11 +265,11 @@ def test_no_more_is_drafted_than_is_left(excuses: Excuses) -> None:
 
 
 @pytest.mark.parametrize("draft_len", [1, 2, 4, 7])
-@pytest.mark.parametrize("kind", ["dense", "empty", "random"])
+@pytest.mark.parametrize("kind", ["dense", "empty", "random", "two-forward"])
 def test_context_end(draft_len: int, kind: str, excuses: Excuses) -> None:
     """Up to the model's last position and no further, alone and in a batch of unequal sequences."""
     model = random_model("qwen2", limit=24)
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(draft_len)))
+    schedule = make_schedule(kind, draft_len, random.Random(draft_len))
     requests, texts = [], {}
     for tag, length in enumerate([23, 22, 20, 15, 9]):
         prompt = random_prompt(model, length, tag)

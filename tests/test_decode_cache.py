@@ -14,11 +14,11 @@ from models import (
     random_prompt,
     run_engine,
 )
-from scripted import ALL_MODELS, method, scripted, span_set, varied
+from scripted import ALL_MODELS, make_schedule, method, scripted, varied
 
 from tidar.decode.engine import Engine
 from tidar.decode.request import Request
-from tidar.layout import Schedule, dense_schedule
+from tidar.layout import dense_schedule
 from tidar.sampling import SamplingParams
 
 
@@ -43,7 +43,7 @@ def test_cache_equals_one_from_scratch(name: str, force: bool) -> None:
     model = any_model(name)
     rng = random.Random(f"{name}/{force}")
     draft_len = 5
-    for kind, preempt in (("dense", False), ("random", True)):
+    for kind, preempt in (("dense", False), ("random", True), ("two-forward", True)):
         texts, requests = {}, []
         for tag in range(5):
             prompt = random_prompt(model, rng.randint(1, 12), tag)
@@ -53,7 +53,7 @@ def test_cache_equals_one_from_scratch(name: str, force: bool) -> None:
                 Request(prompt=prompt, max_new_tokens=rng.randint(2, 16), params=params)
             )
         chosen = scripted(model, texts, varied(draft_len)) if force else method(model)
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+        schedule = make_schedule(kind, draft_len, rng)
         engine = make_engine(model, chosen, schedule, max_batch=3)
         checked = 0
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import tidar.methods.tidar as tidar_module
 from tidar.decode.engine import Engine
 from tidar.decode.request import Request
-from tidar.layout import Schedule, nearest_anchor
+from tidar.layout import Schedule, nearest_anchor, two_forward
 from tidar.methods import Draft, Project, Step, Verdict
 from tidar.methods.tidar import Cell, Tidar
 from tidar.model import Transformer
@@ -205,6 +205,16 @@ def test_other_families(family: str, draft: str) -> None:
         Watched(VOCAB, count=3), Schedule(2, (1, 2)), params, model=tiny(family)
     )
     assert distance(joint, ar_distribution(3, params, tiny(family))) < EXACT
+
+
+@pytest.mark.parametrize("draft", ["sample", "argmax"])
+def test_two_forward(draft: str) -> None:
+    """Steps that draft and steps that verify, in turn; the last draft is cut."""
+    params = rejection(draft=draft, top_k=3)
+    method = Watched(VOCAB, count=4)
+    joint = engine_distribution(method, two_forward(3), params, max_new_tokens=4)
+    assert distance(joint, ar_distribution(4, params)) < EXACT
+    assert method.accepts >= {1, 2}
 
 
 @pytest.mark.parametrize("draft", ["sample", "argmax"])

@@ -19,7 +19,7 @@ from tidar.decode.backend import PlainBackend, fused_stepper
 from tidar.decode.engine import FixedPlan
 from tidar.decode.fused import FusedBackend
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
-from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail
+from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, two_forward
 from tidar.model import Transformer
 from tidar.paged_cache import PagedCache, PagedRows
 from tidar.sampling import RowParams
@@ -86,6 +86,7 @@ def test_network_equals_the_plain_one(
         (Schedule(4, (1, 3)), SAMPLED[0]),
         (Schedule(4, (1, 3)), SAMPLED[1]),
         (Schedule(3, (2,)), SAMPLED[2]),
+        (two_forward(4), SAMPLED[1]),
     ],
     ids=str,
 )

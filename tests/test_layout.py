@@ -28,6 +28,7 @@ from tidar.layout import (
     spans_for,
     training_labels,
     training_rows,
+    two_forward,
 )
 
 
@@ -337,6 +338,30 @@ def test_schedule() -> None:
     assert Schedule.parse(8, "single") == Schedule(8, (1,))
     assert Schedule.parse(8, "none") == Schedule(8, ())
     assert Schedule.parse(8, "4, 1,2,8") == Schedule(8, (1, 2, 4, 8))
+
+
+def test_two_forward() -> None:
+    """Halves take turns; whatever left spans' drafts is followed by the half that verifies."""
+    assert Schedule.parse(1, "two-forward") == two_forward(1) == AUTOREGRESSIVE
+    both = Schedule.parse(4, "two-forward")
+    verify, draft = both.steps
+    assert both == verify == two_forward(4)
+    assert both.drafts
+    assert [verify.draft_rows, draft.draft_rows] == [4, 1]
+    assert [verify.anchors(n) for n in (1, 4)] == [(), ()]
+    assert draft.anchors(1) == (1,)
+    for each in (verify, draft):
+        assert each.steps == (verify, draft)
+        assert each.after(None) == draft  # a prefill drafts
+        assert each.after(draft) == each.after(dense_schedule(8)) == verify
+        assert each.after(verify) == each.after(AUTOREGRESSIVE) == draft
+    for other in (AUTOREGRESSIVE, dense_schedule(4), Schedule(4, ())):
+        assert other.steps == (other,)
+        assert other.draft_rows == other.draft_len
+        for last in (None, verify, draft):
+            assert other.after(last) == other
+    tail = build_tail(draft.draft_rows, draft.anchors(1), 4)
+    assert tail.offsets.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

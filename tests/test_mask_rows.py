@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from models import any_model, assert_equal, make_engine, plain_logits, random_prompt, run_engine
-from scripted import ALL_MODELS, method, span_set
+from scripted import ALL_MODELS, make_schedule, method
 from torch import Tensor
 
 from tidar.attention import dense_attend
 from tidar.decode.request import Request
-from tidar.layout import Schedule, dense, training_rows
+from tidar.layout import dense, training_rows
 from tidar.methods import Pending, Project, Step, Verdict
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
@@ -50,12 +50,12 @@ class Recorder(Tidar):
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("kind", ["dense", "random"])
+@pytest.mark.parametrize("kind", ["dense", "random", "two-forward"])
 def test_mask_rows_change_no_clean_logit_in_decoding(name: str, kind: str) -> None:
     """The draft rows of every step equal a causal forward over committed and draft tokens."""
     model = any_model(name)
     draft_len = 5
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(2)))
+    schedule = make_schedule(kind, draft_len, random.Random(2))
     recorder = Recorder(method(model).mask_token_id)
     requests = [
         Request(

@@ -1,7 +1,7 @@
 """The paged engine on a CPU: laws 3, 5 and 6 with chunks, reuse, preemption, aborts, a step behind."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.decode.slots import Backend, Replay
 from tidar.errors import TidarError
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.model import Transformer
 from tidar.paged_cache import PagedCache, PagedRows
 from tidar.sampling import RowParams, SamplingParams
@@ -72,6 +72,8 @@ class Irregular(FixedPlan):
 
     def choose(self, request_ids: Sequence[int]) -> Schedule:
         size = self.rng.randint(1, self.longest)
+        if self.rng.random() < 0.3:
+            return two_forward(size)
         count = self.rng.randint(0, size)
         return Schedule(size, tuple(sorted(self.rng.sample(range(1, size + 1), count))))
 
@@ -129,7 +131,9 @@ def test_text_is_ar(name: str, params: dict[str, Any], behind: int, excuses: Exc
     """Chunked prompts, more requests than slots, and too few pages for all of them."""
     model = random_model(name)
     requests, texts = some_requests(model, params)
-    for schedule in (AUTOREGRESSIVE, dense_schedule(4), Schedule(8, (1, 3)), Schedule(6, (4,))):
+    for schedule in (
+        AUTOREGRESSIVE, dense_schedule(4), Schedule(8, (1, 3)), Schedule(6, (4,)), two_forward(5)
+    ):  # fmt: skip
         limits = EngineLimits(
             max_running=3,
             cache_tokens=160,
@@ -174,6 +178,7 @@ def test_text_is_ar_when_much_is_accepted(
         for plan in (
             FixedPlan(dense_schedule(5)),
             FixedPlan(Schedule(8, (1, 2, 5))),
+            FixedPlan(two_forward(7)),
             Irregular(every),
         ):
             limits = EngineLimits(
@@ -196,8 +201,9 @@ def use(engine: PagedEngine, backend: Backend, all_rows: bool = True) -> None:
     engine.prefill.stepper = engine.runner.stepper
 
 
+@pytest.mark.parametrize("schedule", [dense_schedule(6), two_forward(6)], ids=str)
 @pytest.mark.parametrize("behind", [0, 1])
-def test_endings_inside_a_run(behind: int, excuses: Excuses) -> None:
+def test_endings_inside_a_run(behind: int, schedule: Schedule, excuses: Excuses) -> None:
     """End-of-text, a stop and max_new_tokens at every offset of a run of accepted tokens."""
     model = random_model("llama")
     prompt, params = random_prompt(model, 5, 3), SamplingParams(seed=3)
@@ -217,7 +223,7 @@ def test_endings_inside_a_run(behind: int, excuses: Excuses) -> None:
                 else None,
             )
             limits = EngineLimits(max_running=2, page_size=8, max_draft_len=6, behind=behind)
-            engine = PagedEngine(model, FixedPlan(dense_schedule(6)), limits)
+            engine = PagedEngine(model, FixedPlan(schedule), limits)
             use(engine, Scripted(model, engine.cache, {3: text.all}, 0))
             (run,) = collect(engine, [request])
             assert run.finish == kind
@@ -225,15 +231,18 @@ def test_endings_inside_a_run(behind: int, excuses: Excuses) -> None:
 
 
 @pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("make", [dense_schedule, two_forward])
 @pytest.mark.parametrize("draft_len", [1, 4, 9])
-def test_context_end(draft_len: int, behind: int, excuses: Excuses) -> None:
+def test_context_end(
+    draft_len: int, make: Callable[[int], Schedule], behind: int, excuses: Excuses
+) -> None:
     model = random_model("qwen2", limit=64)
     params = SamplingParams(seed=1)
     for length in (1, 40, 62, 63):
         prompt = random_prompt(model, length, 1)
         text = ar_text(model, prompt, 200, params)
         limits = EngineLimits(max_running=2, page_size=8, max_draft_len=9, behind=behind)
-        engine = PagedEngine(model, FixedPlan(dense_schedule(draft_len)), limits)
+        engine = PagedEngine(model, FixedPlan(make(draft_len)), limits)
         use(engine, Scripted(model, engine.cache, {1: text.all}, 0))
         (run,) = collect(engine, [Request(prompt=prompt, max_new_tokens=200, params=params)])
         assert run.finish == "context"
@@ -372,6 +381,44 @@ def test_traces_of_arrivals_aborts_and_preemptions(
     assert ended > turns / 10
     assert aborted > 20
     assert preempted > 20
+
+
+@pytest.mark.parametrize("all_rows", [True, False])
+@pytest.mark.parametrize("behind", [0, 1])
+def test_two_forward_alternates(behind: int, all_rows: bool) -> None:
+    """Perfect drafts, texts that join at different times: one phase for all, K tokens and one in turn."""
+    model, draft_len = random_model("llama"), 5
+    requests, texts = some_requests(model, {}, lengths=(3, 21, 9))
+    known = {tag: text.all for tag, text in texts.items()}
+    limits = EngineLimits(
+        max_running=3, page_size=8, chunk_tokens=8, max_draft_len=5, behind=behind
+    )
+    engine = PagedEngine(model, FixedPlan(two_forward(draft_len)), limits)
+    use(engine, Scripted(model, engine.cache, known, 0), all_rows)
+    for run in (*collect(engine, requests), *collect(engine, requests[:1])):
+        # Who joins between a draft step and its verify step has its first draft cut.
+        first = run.accepts.index(draft_len)
+        assert first <= 1
+        steps = run.accepts[first:-2]
+        assert steps == [draft_len, 1] * (len(steps) // 2) + [draft_len] * (len(steps) % 2)
+        assert len(steps) >= 2
+
+
+def test_replayed_two_forward_follows_the_step_rule() -> None:
+    """Drafts pass by given chances, at their usual depths; T/NFE is what the chain of the plan says."""
+    model = random_model("llama", width=16, layers=1, limit=4000)
+    survival = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    limits = EngineLimits(max_running=1, page_size=64, max_draft_len=8)
+    engine = PagedEngine(model, FixedPlan(two_forward(8)), limits, replay=Replay(survival, seed=5))
+    events = [
+        event
+        for event in engine.run([Request(prompt=(1, 2), max_new_tokens=3500)])
+        if not event.prefill
+    ]
+    assert {event.rows for event in events} == {8, 9}
+    tokens = float(survival[1:].cumprod(0).sum()) + 2
+    mean = sum(event.accepted for event in events) / len(events)
+    assert mean == pytest.approx(tokens / 2, rel=0.05)
 
 
 def test_replayed_acceptance_follows_the_step_rule() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidar.attention import dense_attend
 from tidar.decode.request import Request
-from tidar.layout import Schedule, dense, training_rows
+from tidar.layout import Schedule, dense, dense_schedule, training_rows, two_forward
 from tidar.methods import Pending, Project, Step, Verdict
 from tidar.methods.tidar import Tidar
 from tidar.model import Transformer
@@ -119,12 +119,21 @@ def check_parity(name: str, limit: int | None, schedule: Schedule, temperature: 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *CHECKPOINTS])
 @pytest.mark.parametrize(
-    ("draft_len", "spans"), [(4, (1, 2, 3, 4)), (3, (2,)), (8, (1, 3, 6)), (2, ()), (16, (1, 2))]
+    "schedule",
+    [
+        dense_schedule(4),
+        Schedule(3, (2,)),
+        Schedule(8, (1, 3, 6)),
+        Schedule(2, ()),
+        Schedule(16, (1, 2)),
+        two_forward(8),
+    ],
+    ids=str,
 )
-def test_spans_equal_training(name: str, draft_len: int, spans: tuple[int, ...]) -> None:
+def test_spans_equal_training(name: str, schedule: Schedule) -> None:
     """Through the cached engine, every span of a step, several draft lengths of one model."""
-    offsets = check_parity(name, None, Schedule(draft_len, spans), 1.0)
-    assert offsets >= {n for n in spans or (1,) if n <= 2}
+    offsets = check_parity(name, None, schedule, 1.0)
+    assert offsets >= {n for n in schedule.span_set or (1,) if n <= 2}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

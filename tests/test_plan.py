@@ -11,12 +11,12 @@ from models import Excuses, ar_text, random_model, random_prompt, run_engine
 from numpy.typing import NDArray
 from scripted import scripted, varied
 
-from tidar.decode.costs import StepCosts, measure_costs
+from tidar.decode.costs import StepCosts, measure_costs, step_rows
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.plan import Acceptance, MeasuredPlan
 from tidar.decode.rates import Chain, candidate_schedules, learned_span_set, next_shift
 from tidar.decode.request import Request, StepEvent
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
 
@@ -46,6 +46,8 @@ def carry_on(schedule: Schedule, drafted: int, accepted: int) -> tuple[int, int]
     """Shift and length of the next draft, by the rule of the design, section 4, step 3."""
     if schedule.draft_len == 1:
         return 0, 1
+    if schedule.half == "verify":
+        return schedule.draft_len - 1, 1
     anchors = [n for n in schedule.span_set if n <= drafted] or [1]
     earlier = [n for n in anchors if n <= accepted]
     if not earlier:
@@ -68,6 +70,8 @@ def carry_on(schedule: Schedule, drafted: int, accepted: int) -> tuple[int, int]
         (Schedule(16, (1, 2, 3, 5, 8, 16)), fading(0.97, 0.9)),
         (dense_schedule(16), fading(0.98, 0.95)),
         (Schedule(16, (16,)), fading(0.97, 0.97)),
+        (two_forward(2), fading(0.7, 0.7)),
+        (two_forward(8), fading(0.9, 0.5)),
         (AUTOREGRESSIVE, fading(0.9, 0.9)),
     ],
     ids=lambda value: str(value) if isinstance(value, Schedule) else "",
@@ -77,15 +81,17 @@ def test_rate_is_what_a_simulation_of_the_step_rule_gives(
 ) -> None:
     costs = StepCosts((1, 100, 200), (0.01, 0.03, 0.08))
     rng = random.Random(0)
-    shift, drafted = 0, schedule.draft_len
+    shift, drafted, step = 0, schedule.draft_len, schedule
     tokens, seconds = 0, 0.0
     for _ in range(60_000):
-        spans = len([n for n in schedule.span_set if n <= drafted]) or 1
+        drafted = 1 if step.half == "draft" else drafted
+        spans = 0 if step.half == "verify" else len([n for n in step.span_set if n <= drafted]) or 1
         rows = drafted + (spans * schedule.draft_len if schedule.draft_len > 1 else 0)
         accepted = accept(rng, survival, shift, drafted)
         tokens += accepted
         seconds += float(np.interp(rows, (1, 100, 200, 300), (0.01, 0.03, 0.08, 0.13)))
-        shift, drafted = carry_on(schedule, drafted, accepted)
+        shift, drafted = carry_on(step, drafted, accepted)
+        step = step.after(step)
     rate = Chain(schedule).rate(survival, costs)
     assert rate == pytest.approx(tokens / seconds, rel=0.02)
 
@@ -102,6 +108,7 @@ def test_candidates() -> None:
     for draft_len in (4, 16):
         assert Schedule(draft_len, (1,)) in found
         assert dense_schedule(draft_len) in found
+        assert two_forward(draft_len) in found
     assert {schedule.draft_len for schedule in found} == {1, 4, 16}
 
 
@@ -202,15 +209,16 @@ class Simulated:
         schedule = plan.choose([0])
         plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 0.01, None))
         self.shift, self.length = 0, schedule.draft_len
+        self.last = schedule.after(None)
 
     def run(self, survival: Floats, steps: int) -> tuple[list[Schedule], list[int]]:
         """The schedule and the accept count of each step."""
         schedules, counts = [], []
         for _ in range(steps):
-            schedule = self.plan.choose([0])
-            drafted = min(self.length, schedule.draft_len)
+            self.last = schedule = self.plan.choose([0]).after(self.last)
+            drafted = min(self.length, schedule.draft_rows)
             accepted = accept(self.rng, survival, self.shift, drafted)
-            rows = drafted + len(schedule.span_set) * schedule.draft_len
+            rows = step_rows(schedule, drafted)
             ids = tuple(range(accepted))
             self.late.append(
                 StepEvent(0, ids, False, drafted, accepted, rows, schedule, 0.01, None)
@@ -273,7 +281,7 @@ def test_a_text_that_does_not_suit_drafting_loses_little(survival: Floats) -> No
         Simulated(plan, seed).run(fading(0.95, 0.9), 600)
         plan = plan.fresh()
         schedules, counts = Simulated(plan, seed).run(survival, 260)
-        rows = [s.draft_len * (1 + len(s.span_set)) if s.drafts else 1 for s in schedules]
+        rows = [step_rows(s, s.draft_len) for s in schedules]
         spent = float((costs(rows) / 0.010).sum())
         dearest = float(max(costs(rows)) / 0.010)
         assert spent <= sum(counts) * 1.02 + 4 + 2 * dearest
@@ -285,10 +293,21 @@ def test_schedule_follows_the_text() -> None:
     easy, _ = Simulated(MeasuredPlan(costs)).run(fading(0.99, 0.98), 600)
     hard, _ = Simulated(MeasuredPlan(costs)).run(fading(0.55, 0.3), 600)
     rows = [
-        np.mean([s.draft_len * (1 + len(s.span_set)) for s in schedules[300:]])
-        for schedules in (easy, hard)
+        np.mean([step_rows(s, s.draft_len) for s in schedules[300:]]) for schedules in (easy, hard)
     ]
     assert rows[0] > 1.5 * rows[1]
+
+
+def test_takes_two_forward_where_it_pays() -> None:
+    """Where every row costs a tenth of a step, two short steps beat one with spans, and plain AR."""
+    costs = StepCosts((1, 101), (0.010, 0.110))
+    survival = fading(0.97, 0.97)
+    schedules, counts = Simulated(MeasuredPlan(costs)).run(survival, 800)
+    halves = [schedule.half for schedule in schedules[300:]]
+    assert halves.count("verify") == pytest.approx(halves.count("draft"), abs=2)
+    assert halves.count("draft") > 0.45 * len(halves)
+    spent = sum(float(costs((step_rows(s, s.draft_len),))[0]) for s in schedules[300:])
+    assert sum(counts[300:]) / spent > 1.1 / 0.010
 
 
 def test_many_requests_come_and_go() -> None:
@@ -377,6 +396,8 @@ def make_rule(seed: int) -> Callable[[], Schedule]:
 
     def pick() -> Schedule:
         draft_len = rng.choice([1, 2, 3, 6, 9])
+        if rng.random() < 0.3:
+            return two_forward(draft_len)
         size = rng.randint(0, draft_len)
         return Schedule(draft_len, tuple(sorted(rng.sample(range(1, draft_len + 1), size))))
 

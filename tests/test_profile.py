@@ -19,7 +19,7 @@ from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.decode.step_times import StepTime, limits_for, measure_steps
 from tidar.errors import TidarError
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.weights import init_model
 
 SCHEDULES = (AUTOREGRESSIVE, Schedule(4, (1,)), Schedule(8, (1, 4)), dense_schedule(8))
@@ -136,6 +136,15 @@ def test_free_rows_and_ratings_by_hand() -> None:
     assert by_name["ar"]["tokens_per_second"] == 2.0
     assert by_name["tidar:8:dense"]["tokens_per_forward"] == pytest.approx(8.0)
     assert by_name["tidar:8:dense"]["x_ar"] == pytest.approx(4.0)
+    verify, draft = two_forward(8).steps
+    halves = [
+        StepTime(schedule, 64, 2, each, each, each, 9)
+        for schedule, each in ((verify, 1.0), (draft, 1.5))
+    ]
+    named = {AUTOREGRESSIVE: "ar", verify: "verify", draft: "draft"}
+    both, _ = rate_schedules([times[0], *halves], sure, named)
+    assert both["tokens_per_forward"] == pytest.approx(4.5)  # 8 tokens and 1
+    assert both["x_ar"] == pytest.approx(9 / 2.5)
     lines = summarise_steps(times, Acceptance.of_mean(1.0, 8), NAMES)
     assert [(line["context"], line["recommended"]) for line in lines] == [(64, "ar"), (1, "ar")]
     assert lines[0]["free_rows"] == {"1.1": 8, "1.25": 24}
@@ -183,9 +192,11 @@ def test_profile(shape: Path, tmp_path: Path) -> None:
     flat = " ".join(ran.out.split())
     for part in ("random weights", "free token slots", "context 512", "best", "tokens a step"):
         assert part in flat
-    printed = tidar("profile", "--shape", shape, "--methods", "tidar:2:1", "--context", "9",
+    printed = tidar("profile", "--shape", shape, "--methods", "tidar:2:1,tidar:4:two-forward", "--context", "9",
                     "--repeats", 3, "--device", "cpu", "--json", "-").json  # fmt: skip
-    assert [s["method"] for s in printed["steps"]] == ["ar", "tidar:2:1"] * 2  # type: ignore[attr-defined]
+    halves = ["tidar:4:two-forward, verify", "tidar:4:two-forward, draft"]
+    assert [s["method"] for s in printed["steps"]] == ["ar", "tidar:2:1", *halves] * 2  # type: ignore[attr-defined]
+    assert [s["rows"] for s in printed["steps"]] == [1, 4, 4, 5] * 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

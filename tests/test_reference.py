@@ -14,13 +14,13 @@ from models import (
     random_prompt,
     run_engine,
 )
-from scripted import ALL_MODELS, SAMPLED, method, scripted, scripted_draft, span_set, varied
+from scripted import ALL_MODELS, SAMPLED, make_schedule, method, scripted, scripted_draft, varied
 from torch import Tensor
 
 import tidar.decode.reference as reference_module
 from tidar.decode.reference import ReferenceDecoder, generate_reference
 from tidar.decode.request import Request
-from tidar.layout import Rows, Schedule
+from tidar.layout import Rows, Schedule, dense_schedule, two_forward
 from tidar.model import Transformer
 from tidar.sampling import SamplingParams
 
@@ -46,8 +46,8 @@ def test_engine_equals_reference(name: str, draft_len: int, excuses: Excuses) ->
     """Tokens and accept counts, drafts as the model makes them."""
     model = any_model(name)
     rng = random.Random(f"{name}/{draft_len}")
-    for kind in ("dense", "random", "empty"):
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+    for kind in ("dense", "random", "empty", "two-forward"):
+        schedule = make_schedule(kind, draft_len, rng)
         prompt = random_prompt(model, rng.randint(1, 9), rng.randrange(100))
         params = SamplingParams(seed=rng.randrange(100), **rng.choice(SAMPLED))
         text = ar_text(model, prompt, 14, params)
@@ -60,7 +60,7 @@ def test_engine_equals_reference(name: str, draft_len: int, excuses: Excuses) ->
 
 
 @pytest.mark.parametrize("draft_len", [2, 5, 9])
-@pytest.mark.parametrize("kind", ["dense", "random", "single", "last"])
+@pytest.mark.parametrize("kind", ["dense", "random", "single", "last", "two-forward"])
 def test_engine_equals_reference_when_much_is_accepted(
     draft_len: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +82,7 @@ def test_engine_equals_reference_when_much_is_accepted(
             return list(scripted_draft(text, positions, wish, mask, vocab)), None
 
     monkeypatch.setattr(reference_module, "ReferenceDecoder", ScriptedReference)
-    schedule = Schedule(draft_len, span_set(kind, draft_len, random.Random(kind)))
+    schedule = make_schedule(kind, draft_len, random.Random(kind))
     chosen = scripted(model, {9: text}, wanted)
     for eos_ids in (frozenset[int](), frozenset({text[len(prompt) + 12]})):
         for count in (1, 11, 60):
@@ -99,8 +99,8 @@ def test_engine_equals_reference_under_rejection_sampling(name: str, draft: str)
     """The same stream of draws, used in the same order."""
     model = random_model(name)
     params: dict[str, Any] = {"sampling": "rejection", "draft": draft}
-    for draft_len, spans in ((4, (1, 2, 3, 4)), (6, (1, 3)), (5, ())):
-        schedule = Schedule(draft_len, spans)
+    for schedule in (dense_schedule(4), Schedule(6, (1, 3)), Schedule(5, ()), two_forward(5)):
+        draft_len = schedule.draft_len
         request = Request(
             prompt=random_prompt(model, 5, draft_len),
             max_new_tokens=20,
@@ -117,9 +117,9 @@ def test_beta_equals_reference(name: str, beta: float) -> None:
     model = random_model(name, limit=32)
     rng = random.Random(f"{name}/{beta}")
     differs = 0
-    for kind in ("dense", "random", "empty", "last"):
+    for kind in ("dense", "random", "empty", "last", "two-forward"):
         draft_len = rng.choice([2, 4, 7])
-        schedule = Schedule(draft_len, span_set(kind, draft_len, rng))
+        schedule = make_schedule(kind, draft_len, rng)
         requests = [
             Request(prompt=random_prompt(model, length, length), max_new_tokens=count)
             for length, count in ((31, 40), (22, 40), (4, 15), (1, 12))

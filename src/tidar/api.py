@@ -162,7 +162,7 @@ class LanguageModel:
         if draft_len > MAX_DRAFT_LEN:
             raise TidarError(
                 f"draft_len is {draft_len}; span set 'plan' weighs K up to {MAX_DRAFT_LEN}. Name a span set, "
-                "such as dense, single or 1,2,4."
+                "such as dense, single, two-forward or 1,2,4."
             )
         trained = [k for k in self.meta.draft_lens if 1 < k <= draft_len]
         lens = tuple(sorted({*trained, draft_len})) if draft_len > 1 else ()
@@ -254,8 +254,8 @@ class LanguageModel:
         """Decodes one prompt, an event per forward pass; only committed text is shown.
 
         prompt: text, or token ids. method: "tidar" or "ar"; by default what the checkpoint can do.
-        draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single"
-        or numbers such as "1,2,4". engine: "auto", "plain" or "paged" (see `pick_engine`); with rejection
+        draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single",
+        "two-forward" or numbers such as "1,2,4". engine: "auto", "plain" or "paged" (see `pick_engine`); with rejection
         sampling, and with beta below 1, one seed may give another text on the other engine. sampling: see
         `tidar.sampling`. Raises TidarError for bad values. Closing the iterator early gives all back.
         """

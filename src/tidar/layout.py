@@ -7,8 +7,9 @@ the FlexAttention form and the tail matrix of a decode step are all evaluations 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -233,11 +234,14 @@ def training_labels(ids: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
 class Schedule:
     """How a step is built: rows per span and draft (`draft_len`), and which accept counts get a span.
 
-    `Schedule(1, ())` is plain autoregressive decoding. Raises TidarError for impossible values.
+    `Schedule(1, ())` is plain autoregressive decoding. half: one of the two steps that the two-forward
+    schedule takes in turn (see `two_forward`): "verify" has the draft and no span, "draft" the certain
+    token alone and one span behind it. Raises TidarError for impossible values.
     """
 
     draft_len: int
     span_set: tuple[int, ...]
+    half: Literal["draft", "verify"] | None = None
 
     def __post_init__(self) -> None:
         if self.draft_len < 1:
@@ -250,25 +254,57 @@ class Schedule:
                 f"span set {self.span_set} does not fit draft_len {self.draft_len}: give accept counts "
                 f"from 1 to {self.draft_len}, each once, in rising order."
             )
+        assert self.half is None or (self.drafts and self.span_set == (1,)), self
 
     @property
     def drafts(self) -> bool:
-        """Whether the steps draft at all; with one token per span there is nothing to draft."""
+        """Whether it drafts at all; with one token per span there is nothing to draft."""
         return self.draft_len > 1
+
+    @property
+    def draft_rows(self) -> int:
+        """The most draft rows of a step. A longer draft is cut, which is always exact."""
+        return 1 if self.half == "draft" else self.draft_len
+
+    def anchors(self, num_drafts: int) -> tuple[int, ...]:
+        """Anchor offsets of the spans of a step with `num_drafts` draft rows."""
+        if not self.drafts or self.half == "verify":
+            return ()
+        return spans_for(self.span_set, num_drafts)
+
+    @property
+    def steps(self) -> tuple["Schedule", ...]:
+        """What its steps are in turn: itself alone, or both halves."""
+        if self.half is None:
+            return (self,)
+        return (replace(self, half="verify"), replace(self, half="draft"))
+
+    def after(self, last: "Schedule | None") -> "Schedule":
+        """The schedule of a step behind one with the schedule `last`; None: of a prefill.
+
+        Itself, but that a half gives way to the other one: there is something to verify only behind a
+        step that had spans. So whoever runs steps alternates, and plans need not know.
+        """
+        if self.half is None:
+            return self
+        verify, draft = self.steps
+        return verify if last is not None and last.anchors(last.draft_rows) else draft
 
     @classmethod
     def parse(cls, draft_len: int, text: str) -> "Schedule":
-        """From a command line: `dense`, `single` ({1}), `none`, or numbers such as `1,2,4,8`."""
+        """From a command line: `dense`, `single` ({1}), `none`, `two-forward`, or numbers: `1,2,4,8`."""
         if text == "dense":
             return cls(draft_len, tuple(range(1, draft_len + 1)))
+        if text == "two-forward":
+            return two_forward(draft_len)
         if text in ("single", "none"):
             return cls(draft_len, (1,) if text == "single" else ())
         try:
             numbers = tuple(sorted({int(part) for part in text.split(",")}))
         except ValueError:
             raise TidarError(
-                f"span set {text!r} is not understood: give dense, single, none, or accept counts "
-                "separated by commas, such as 1,2,4,8."
+                f"span set {text!r} is not understood: give dense, single, none, two-forward, or accept "
+                "counts separated by commas, such as 1,2,4,8."
             ) from None
         return cls(draft_len, numbers)
 
@@ -279,3 +315,14 @@ AUTOREGRESSIVE = Schedule(1, ())
 def dense_schedule(draft_len: int) -> Schedule:
     """The paper's schedule: a span for every accept count from 1 to K."""
     return Schedule(draft_len, tuple(range(1, draft_len + 1)))
+
+
+def two_forward(draft_len: int) -> Schedule:
+    """Two steps in turn, one that drafts and one that verifies, instead of one that does both.
+
+    A "draft" step has 1 + K rows, the certain token d[0] and a span behind it: d[0] commits, its row
+    resolves the next d[0], the span's rows 1.. draft what follows. A "verify" step has K rows, that draft
+    alone: n of its tokens commit and only the next d[0] is left. Together 1 + n tokens for 1 + 2K rows:
+    more tokens per row than any fused step, fewer per step. So it is for loads whose rows cost time.
+    """
+    return Schedule(draft_len, (1,), "verify") if draft_len > 1 else AUTOREGRESSIVE

@@ -23,7 +23,6 @@ from tidar.layout import (
     decode_rows,
     dense,
     prefill_rows,
-    spans_for,
     training_rows,
 )
 
@@ -185,7 +184,7 @@ def decode_picture(
     _at_least("prefix length", prefix_len, 0)
     if not 1 <= drafts <= draft_len:
         raise TidarError(f"drafts is {drafts}; a step verifies from 1 to K = {draft_len} of them.")
-    anchors = spans_for(schedule.span_set, drafts) if schedule.drafts else ()
+    anchors = schedule.anchors(drafts)
     shown = min(prefix_len, shown_prefix)
     prefix = clean_rows(shown, start=prefix_len - shown)
     tail = decode_rows(prefix_len, drafts, anchors, draft_len)

@@ -61,13 +61,17 @@ def rate_schedules(
 
     times: of one context and batch. By the step rule in the long run; a step costs what was measured,
     however short its draft is, as the engine's steps have a fixed shape. Tokens per second are those of
-    all sequences; engine overhead between steps is not in it.
+    all sequences; engine overhead between steps is not in it. Two-forward is rated once, by both its steps.
     """
+    seconds = {t.schedule: t.seconds for t in times}
     ar = next(t for t in times if t.schedule == AUTOREGRESSIVE)
     rated = []
     for each in times:
+        steps = each.schedule.steps
+        if each.schedule != steps[0]:
+            continue
         tokens = acceptance.expected(each.schedule)
-        rate = tokens * each.batch / each.seconds
+        rate = tokens * each.batch * len(steps) / sum(seconds[step] for step in steps)
         rated.append(
             {
                 "method": names[each.schedule],

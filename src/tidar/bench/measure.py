@@ -132,7 +132,7 @@ class Text:
             self.steps += 1
             self.rows += event.rows
             self.accepts[event.accepted] += 1
-            spans = ",".join(map(str, event.schedule.span_set))
+            spans = event.schedule.half or ",".join(map(str, event.schedule.span_set))
             self.schedules[f"{event.schedule.draft_len}:{spans}"] += 1
 
 
@@ -347,7 +347,8 @@ def warm_up(
         units = units[:1]
     elif engine.runner.graphs and spec.schedule is not None:
         for size in range(1, batch + 1):
-            engine.runner.captured(spec.schedule, size)
+            for step in spec.schedule.steps:
+                engine.runner.captured(step, size)
     for unit in units:
         run_pass(engine, [_short(request) for request in unit])
 

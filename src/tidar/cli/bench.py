@@ -66,7 +66,10 @@ EngineArg = Annotated[
     str, typer.Option(help="plain, paged, or auto: paged on CUDA and for --replay-acceptance.")
 ]
 MethodsArg = Annotated[
-    str, typer.Option(help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:plan; by commas.")
+    str,
+    typer.Option(
+        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan; by commas."
+    ),
 ]
 MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]
 TemperatureArg = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -27,7 +27,9 @@ DraftLenArg = Annotated[
 ]
 SpanSetArg = Annotated[
     str,
-    typer.Option(help="`plan` (measured here), `dense`, `single`, or accept counts: `1,2,4`."),
+    typer.Option(
+        help="`plan` (measured here), `dense`, `single`, `two-forward`, or accept counts: `1,2,4`."
+    ),
 ]
 BetaArg = Annotated[
     float, typer.Option(help="Trust in the causal logits; only 1 is exact, below 1 is lossy.")

@@ -36,7 +36,7 @@ DEFAULT_MEAN = 4
 MethodsArg = Annotated[
     str | None,
     typer.Option(
-        help="Steps to time, as in bench: ar, tidar:K:SPANSET. [default: a ladder of rows]"
+        help="Steps to time, as in bench: ar, tidar:K:SPANSET, tidar:two-forward. [default: a ladder of rows]"
     ),
 ]
 ContextArg = Annotated[
@@ -112,7 +112,8 @@ def pick_schedules(methods: str | None) -> "dict[Schedule, str]":
     for spec in (parse_method("ar"), *parse_methods(methods or DEFAULT_METHODS)):
         if spec.schedule is None:
             raise TidarError(f"{spec.name} has no schedule of its own whose steps could be timed.")
-        found.setdefault(spec.schedule, spec.name)
+        for step in spec.schedule.steps:
+            found.setdefault(step, f"{spec.name}, {step.half}" if step.half else spec.name)
     return found
 
 

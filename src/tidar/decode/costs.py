@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tidar.cache import KVCache
-from tidar.layout import Schedule, spans_for
+from tidar.layout import Schedule
 from tidar.methods import Draft, Method, Pending
 from tidar.model import Transformer
 from tidar.sampling import SamplingParams, seeded_draw
@@ -65,10 +65,9 @@ class CostSource(Protocol):
 
 
 def step_rows(schedule: Schedule, drafts: int) -> int:
-    """Rows of a step with `drafts` draft rows."""
-    if not schedule.drafts:
-        return drafts
-    return drafts + len(spans_for(schedule.span_set, drafts)) * schedule.draft_len
+    """Rows of a step over a draft of `drafts` tokens."""
+    drafts = min(drafts, schedule.draft_rows)
+    return drafts + len(schedule.anchors(drafts)) * schedule.draft_len
 
 
 def measure_costs(

@@ -26,7 +26,10 @@ class Plan(Protocol):
     """Picks the schedule of each step; see `tidar.decode.plan` for the measured one."""
 
     def choose(self, request_ids: SequenceOf[int]) -> Schedule:
-        """The schedule of the next pass while these requests run; one that has just joined is prefilled."""
+        """The schedule of the next pass while these requests run; one that has just joined is prefilled.
+
+        Engines run `schedule.after(last)`: two-forward is chosen like any other, its halves alternate.
+        """
         ...
 
     def observe(self, event: StepEvent) -> None:
@@ -79,6 +82,7 @@ class Engine:
         self.max_batch = max_batch
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._last: Schedule | None = None  # of the last step that left the drafts which now wait
         self._next_id = 0
 
     def submit(self, request: Request) -> int:
@@ -120,16 +124,24 @@ class Engine:
         sequence.draft = Draft(tokens, certain=len(tokens))
         slot = len(self.running)
         self.running.append(sequence)
-        return self._run(slot, [sequence])[0]
+        event = self._run(slot, [sequence], None)[0]
+        if slot == 0:
+            self._last = event.schedule
+        return event
 
     def _decode(self) -> list[StepEvent]:
-        return self._run(0, list(self.running))
+        events = self._run(0, list(self.running), self._last)
+        self._last = events[0].schedule
+        return events
 
     @torch.inference_mode()
-    def _run(self, first: int, sequences: list[Sequence]) -> list[StepEvent]:
-        """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence."""
+    def _run(self, first: int, sequences: list[Sequence], last: Schedule | None) -> list[StepEvent]:
+        """One forward pass over neighbouring slots, its verdicts, and what they mean for each sequence.
+
+        last: the schedule of the step before; None for a prefill.
+        """
         began = time.perf_counter()  # the plan's own time counts as the step's
-        schedule = self.plan.choose([sequence.request_id for sequence in self.running])
+        schedule = self.plan.choose([sequence.request_id for sequence in self.running]).after(last)
         pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
         step = self.method.step(pending, schedule)
         attend = self.cache.attend(first, len(sequences), step.visible)
@@ -151,7 +163,7 @@ class Engine:
         draft, prefix_len = sequence.draft, self.cache.lengths[slot]
         if draft.certain == 1:
             room = self.limit - prefix_len
-            draft = draft.cut(min(schedule.draft_len, room, sequence.left))
+            draft = draft.cut(min(schedule.draft_rows, room, sequence.left))
         request = sequence.request
         return Pending(prefix_len, draft, self.limit, request.params, sequence.draw, request.forced)
 

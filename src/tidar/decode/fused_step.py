@@ -34,18 +34,20 @@ class FusedStepper(Stepper):
             slots.temperatures,
             slots.page_table,
         )
-        size, width = shape.schedule.draft_len, len(shape.tail)
+        size, width, real = shape.schedule.draft_len, len(shape.tail), shape.tail.num_drafts
+        if real < size:  # `settle_rows` knows one K, of what it reads and of what it writes
+            slots.lens[chosen] = slots.lens[chosen].clamp(max=real)
         turn = prepare_rows(
             state,
             chosen,
             shape.offsets,
             shape.predicts,
-            drafts=size,
+            drafts=real,
             mask_token_id=self.mask_token_id,
             limit=self.limit,
             pdl=self.pdl,
         )
-        rows = PagedRows(turn.page_table, turn.prefix_lens, shape.attributes, size)
+        rows = PagedRows(turn.page_table, turn.prefix_lens, shape.attributes, real)
         hidden = self.backend.forward(turn.ids, turn.positions, rows)
         params = RowParams(turn.temperatures.flatten(), turn.seeds.flatten())
         choices = self.backend.choose(hidden.flatten(0, 1), params, turn.places.flatten())

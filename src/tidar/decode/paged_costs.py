@@ -138,7 +138,8 @@ def capture_candidates(
         return
     for batch in batches or batch_sizes(engine):
         for schedule in _within((AUTOREGRESSIVE, *plan.candidates), batch):
-            engine.runner.captured(schedule, batch)
+            for step in schedule.steps:
+                engine.runner.captured(step, batch)
 
 
 def _place(engine: PagedEngine) -> Path:

@@ -135,6 +135,7 @@ class PagedEngine:
         self._uploaded: dict[int, int] = {}  # by request: pages of its table on the device
         self._free_slots = list(range(limits.max_running, NOBODY, -1))
         self._launched: deque[_Launched] = deque()
+        self._last: Schedule | None = None  # of the last turn
         self._mark = self._prefill_seconds = 0.0
         self._next_id = 0
 
@@ -207,6 +208,7 @@ class PagedEngine:
         joining = [c.request_id for c in work.chunks if c.last]
         schedule = self.plan.choose([*work.decodes, *joining]) if work.decodes or joining else None
         schedule = self._within_context(schedule or AUTOREGRESSIVE, (*work.decodes, *joining))
+        self._last = schedule = schedule.after(self._last if work.decodes else None)
         for chunk in work.chunks:
             if chunk.request_id not in self.slot_of:
                 self._enter(chunk.request_id)
@@ -295,7 +297,7 @@ class PagedEngine:
 
     def _prefill(self, chunk: Chunk, schedule: Schedule) -> Tensor | None:
         """Runs a chunk; the last one leaves the first draft in the slot and returns the first token `[1]`."""
-        left = self.sequences[chunk.request_id].left - 1
+        left, schedule = self.sequences[chunk.request_id].left - 1, schedule.after(None)
         entry = Entry(self.slot_of[chunk.request_id], chunk.start, chunk.end, left)
         first = self.prefill(
             self.scheduler.tokens(chunk),
@@ -356,8 +358,8 @@ class PagedEngine:
         kept = sequence.emit((token,))
         if sequence.finish is None and chunk.end >= self.limit:
             sequence.finish = "context"
-        rows = chunk.end - chunk.start + (schedule.draft_len if schedule.drafts else 0)
-        count = chunk.end - chunk.start
+        schedule, count = schedule.after(None), chunk.end - chunk.start
+        rows = count + (schedule.draft_len if schedule.drafts else 0)
         return self._event(sequence, kept, True, 0, count, rows, schedule, seconds)
 
     def _event(

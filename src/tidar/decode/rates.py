@@ -11,14 +11,14 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from tidar.decode.costs import Floats, StepCosts, step_rows
-from tidar.layout import AUTOREGRESSIVE, Schedule, nearest_anchor, spans_for
+from tidar.layout import AUTOREGRESSIVE, Schedule, nearest_anchor, two_forward
 
 SHORT_LADDER = ((1,), (1, 2, 4, 8), (1, 2, 3, 5, 8, 16))
 """Span sets where each schedule has to be captured as a graph; a learned one joins them."""
 
 
 def candidate_schedules(draft_lens: Sequence[int], *, short: bool = False) -> tuple[Schedule, ...]:
-    """AR, and for each K a ladder of span sets from one span to all of them; short: only a few."""
+    """AR, and for each K two-forward and a ladder of span sets, from one to all of them; short: only a few."""
     found = {AUTOREGRESSIVE: None}
     for draft_len in draft_lens:
         sets: list[tuple[int, ...]] = list(SHORT_LADDER)
@@ -29,12 +29,16 @@ def candidate_schedules(draft_lens: Sequence[int], *, short: bool = False) -> tu
         for anchors in sets:
             kept = tuple(sorted({n for n in anchors if n <= draft_len}))
             found[Schedule(draft_len, kept)] = None
+        found[two_forward(draft_len)] = None
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A schedule's step rule as a Markov chain; its states are the shifts 0..K-1 of the current draft."""
+    """A schedule's step rule as a Markov chain; its states are the shifts 0..K-1 of the current draft.
+
+    Two-forward is the chain of its verify steps, each with the draft step behind it.
+    """
 
     schedule: Schedule
 
@@ -47,13 +51,21 @@ class Chain:
         return tuple(step_rows(self.schedule, length) for length in self.lengths)
 
     @cached_property
+    def more(self) -> tuple[Schedule, ...]:
+        """Schedules of the steps that follow before the next one of the chain; each commits one token."""
+        return self.schedule.steps[1:]
+
+    @cached_property
     def targets(self) -> Floats:
         """`[K, K, K]`: 1 where shift s and n accepted tokens (index n - 1) lead to shift t."""
         size = self.schedule.draft_len
         table = np.zeros((size, size, size))
         for shift, length in enumerate(self.lengths):
             for accepted in range(1, length + 1):
-                table[shift, accepted - 1, next_shift(self.schedule, length, accepted)] = 1.0
+                target = next_shift(self.schedule, length, accepted)
+                for step in self.more:
+                    target = next_shift(step, 1, 1)
+                table[shift, accepted - 1, target] = 1.0
         return table
 
     def rate(self, survival: Floats, costs: StepCosts) -> float:
@@ -99,9 +111,13 @@ class Family:
             moves = moves @ moves
         state = moves.mean(axis=1)
         rows = self.full_rows if costs.fixed_shape else self.rows
-        seconds = costs(rows).reshape(state.shape)
+        seconds = (state * costs(rows).reshape(state.shape)).sum(axis=1)
         tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
-        return tokens / (state * seconds).sum(axis=1)
+        for index, chain in enumerate(self.chains):
+            for step in chain.more:
+                tokens[index] += 1.0
+                seconds[index] += float(costs((step_rows(step, 1),))[0])
+        return tokens / seconds
 
 
 def learned_span_set(
@@ -139,7 +155,5 @@ def families_of(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Famil
 def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
     """How far the next draft is shifted after `accepted` of `drafted` tokens; K - 1 leaves d[0] alone."""
     last = schedule.draft_len - 1
-    if not schedule.drafts:
-        return last
-    anchor = nearest_anchor(spans_for(schedule.span_set, drafted), accepted)
+    anchor = nearest_anchor(schedule.anchors(drafted), accepted)
     return min(accepted - anchor, last) if anchor else last

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tidar.attention import dense_attend
-from tidar.layout import Rows, Schedule, decode_rows, dense, nearest_anchor, prefill_rows, spans_for
+from tidar.layout import Rows, Schedule, decode_rows, dense, nearest_anchor, prefill_rows
 from tidar.model import Transformer
 from tidar.sampling import (
     Draw,
@@ -122,10 +122,12 @@ def generate_reference(
     later, probs = decoder.propose(rows, logits, len(clean), len(clean) + 1)
     draft, done = [token, *later], emit([token])
 
+    schedule = schedule.after(None)  # that was a prefill
     while not done and len(clean) < decoder.limit:
-        length = min(schedule.draft_len, decoder.limit - len(clean), max_new_tokens - len(out.ids))
+        schedule = schedule.after(schedule)
+        length = min(schedule.draft_rows, decoder.limit - len(clean), max_new_tokens - len(out.ids))
         draft = draft[:length]
-        anchors = spans_for(schedule.span_set, len(draft)) if schedule.drafts else ()
+        anchors = schedule.anchors(len(draft))
         prefix = prefill_rows(len(clean), 0)
         step = decode_rows(len(clean), len(draft), anchors, schedule.draft_len, limit=decoder.limit)
         rows = prefix.join(step)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar.decode.rejection import BY_HASH, Draws
 from tidar.decode.rules import SlotRules
-from tidar.layout import Schedule, Tail, build_tail, nearest_anchor, spans_for
+from tidar.layout import Schedule, Tail, build_tail, nearest_anchor
 from tidar.methods import Project
 from tidar.paged_cache import PagedRows
 from tidar.sampling import RowParams, mix
@@ -84,15 +84,13 @@ class StepShape:
     @cached_property
     def tail(self) -> Tail:
         """The rows of a step with a full draft, and a span wherever one may be asked for."""
-        return build_tail(self.schedule.draft_len, self.anchors, self.schedule.draft_len)
+        return build_tail(self.schedule.draft_rows, self.anchors, self.schedule.draft_len)
 
     @cached_property
     def anchors(self) -> tuple[int, ...]:
-        """The span set, and {1} where a short draft has no other."""
-        if not self.schedule.drafts:
-            return ()
-        lengths = range(1, self.schedule.draft_len + 1)
-        return tuple(sorted({a for n in lengths for a in spans_for(self.schedule.span_set, n)}))
+        """The span set, and {1} where a short draft has no other; none where steps have no spans."""
+        lengths = range(1, self.schedule.draft_rows + 1)
+        return tuple(sorted({a for n in lengths for a in self.schedule.anchors(n)}))
 
     @cached_property
     def attributes(self) -> Tensor:
@@ -113,11 +111,9 @@ class StepShape:
         """`[K + 1, K + 1]`: the anchor used after n of L tokens, at [L, n]; 0 for none."""
         size = self.schedule.draft_len
         table = torch.zeros(size + 1, size + 1, dtype=torch.int64)
-        for length in range(1, size + 1):
+        for length in range(1, self.schedule.draft_rows + 1):
             for accepted in range(1, length + 1):
-                if self.schedule.drafts:
-                    anchors = spans_for(self.schedule.span_set, length)
-                    table[length, accepted] = nearest_anchor(anchors, accepted)
+                table[length, accepted] = nearest_anchor(self.schedule.anchors(length), accepted)
         return table.to(self.device)
 
     @cached_property
@@ -180,15 +176,15 @@ class Stepper:
         Returns int64 `[B, 2 + K]`: L, n, and the n tokens that the step emits.
         """
         state, shape = self.slots, self.shape
-        size, width = shape.schedule.draft_len, len(shape.tail)
+        size, width, real = shape.schedule.draft_len, len(shape.tail), shape.tail.num_drafts
         prefix = state.prefix[chosen]
-        lens = state.lens[chosen].clamp(max=size)
+        lens = state.lens[chosen].clamp(max=real)
         drafts = state.drafts[chosen, :size]
-        filled = shape.counting < lens.unsqueeze(1)
+        filled = shape.counting[:real] < lens.unsqueeze(1)
         ids = torch.full((len(chosen), width), self.mask_token_id, device=drafts.device)
-        ids[:, :size] = torch.where(filled, drafts, self.mask_token_id)
+        ids[:, :real] = torch.where(filled, drafts[:, :real], self.mask_token_id)
         positions = prefix.unsqueeze(1) + shape.offsets
-        rows = PagedRows(state.page_table[chosen], prefix, shape.attributes, size)
+        rows = PagedRows(state.page_table[chosen], prefix, shape.attributes, real)
         hidden = self.backend.forward(ids, positions.clamp(max=self.limit - 1), rows)
         verdicts, accepted = self._verify(hidden, chosen, prefix, drafts, lens)
         token = verdicts.gather(1, accepted.unsqueeze(1) - 1)
@@ -208,6 +204,8 @@ class Stepper:
 
     def projects_all(self, batch: int) -> bool:
         """Whether a step over so many sequences projects all of its rows."""
+        if not self.shape.anchors:
+            return True  # there are no others
         if self.all_rows is None:
             return batch * len(self.shape.tail) <= MEMORY_BOUND_ROWS
         return self.all_rows
@@ -215,18 +213,19 @@ class Stepper:
     def _verify(
         self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Choices `[B, K or W]` of the rows, and how many draft tokens commit, `[B]`.
+        """Choices `[B, draft rows or W]` of the rows, and how many draft tokens commit, `[B]`.
 
         The choice of row n - 1 is the token that comes after n committed ones.
         """
-        shape, size = self.shape, self.shape.schedule.draft_len
-        wide = len(shape.tail) if self.projects_all(len(chosen)) else size
+        shape, real = self.shape, self.shape.tail.num_drafts
+        wide = len(shape.tail) if self.projects_all(len(chosen)) else real
         verdicts = self._choose(hidden[:, :wide], chosen, prefix, shape.predicts[:wide])
-        same = drafts[:, 1:] == verdicts[:, : size - 1]
+        same = drafts[:, 1:real] == verdicts[:, : real - 1]
+        counting = shape.counting[:real]
         if self.replay is not None:
             shift = self.slots.shift[chosen]
-            same = self.replay.passes(prefix, shift, self.slots.seeds[chosen], shape.counting)
-        return verdicts, count_passed(same, shape.counting[1:] < lens.unsqueeze(1))
+            same = self.replay.passes(prefix, shift, self.slots.seeds[chosen], counting)
+        return verdicts, count_passed(same, counting[1:] < lens.unsqueeze(1))
 
     def _choose(self, hidden: Tensor, chosen: Tensor, prefix: Tensor, predicts: Tensor) -> Tensor:
         """Choices `[B, N]` of rows `[B, N, hidden_size]`, for positions `prefix + predicts`."""

@@ -1,4 +1,4 @@
-"""Decoding methods by name: `ar`, `tidar:16:dense`, `tidar:4:1,2`, `tidar:plan`."""
+"""Decoding methods by name: `ar`, `tidar:16:dense`, `tidar:4:1,2`, `tidar:two-forward`, `tidar:plan`."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ from tidar.model import Transformer
 UNTRAINED = (4, 8, 16)
 """Values of K that a plan weighs where the checkpoint names none."""
 
-_KNOWN = "ar, tidar:plan, tidar:K (dense), or tidar:K:SPANSET such as tidar:16:1,2,4,8"
+_KNOWN = (
+    "ar, tidar:plan, tidar:K (dense), tidar:K:SPANSET such as tidar:16:1,2,4,8, tidar:K:two-forward, or "
+    "tidar:two-forward (K = 16)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ def parse_method(text: str) -> MethodSpec:
         return MethodSpec("ar", AUTOREGRESSIVE)
     if name == "tidar" and rest == ["plan"]:
         return MethodSpec("tidar:plan", None)
+    if rest == ["two-forward"]:
+        rest = [str(max(UNTRAINED)), *rest]
     if name == "tidar" and len(rest) in (1, 2) and rest[0].isdecimal():
         draft_len = int(rest[0])
         dense = len(rest) == 1 or rest[1] == "dense"

@@ -50,15 +50,16 @@ class WeighedStepper(Stepper):
         self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Stepper`."""
-        shape, size = self.shape, self.shape.schedule.draft_len
-        logits = self.logits(hidden[:, :size])
-        if self.rule.mixes and size > 1:
-            anchors = shape.choice_of_anchor[lens.unsqueeze(1), shape.counting + 1]
-            twins = shape.first_row[anchors] + shape.counting + 1 - anchors
+        shape, real = self.shape, self.shape.tail.num_drafts
+        logits = self.logits(hidden[:, :real])
+        if self.rule.mixes and shape.anchors:
+            ends = shape.counting[:real] + 1
+            anchors = shape.choice_of_anchor[lens.unsqueeze(1), ends]
+            twins = shape.first_row[anchors] + ends - anchors
             # Rows behind a draft's end have no anchor either, and are never asked.
             masked = self.logits(gather_rows(hidden, twins.clamp(max=len(shape.tail) - 1)))
             logits = mixture(logits, masked, self.rules.betas[chosen], anchors > 0)
-        return self.judge(logits, chosen, prefix.long(), drafts, lens)
+        return self.judge(logits, chosen, prefix.long(), drafts[:, :real], lens)
 
     def judge(
         self, logits: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor

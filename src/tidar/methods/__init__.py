@@ -83,7 +83,7 @@ class Method(Protocol):
     """One way to decode. Implementations are immutable; all state is in `Pending`."""
 
     def step(self, pending: Sequence[Pending], schedule: Schedule) -> Step:
-        """The rows of the next forward pass; each draft has at most `schedule.draft_len` uncertain tokens."""
+        """The rows of the next forward pass; each draft has at most `schedule.draft_rows` tokens."""
         ...
 
     def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidar.layout import Schedule, build_tail, cached_tail, nearest_anchor, spans_for
+from tidar.layout import Schedule, build_tail, cached_tail, nearest_anchor
 from tidar.methods import Draft, Pending, Project, Step, Verdict
 from tidar.sampling import SamplingParams, choose, count_matches, probabilities, reject
 
@@ -51,11 +51,8 @@ class Tidar:
         return Step(tuple(pending), tail, ids, positions, visible, own)
 
     def _anchors(self, p: Pending, schedule: Schedule) -> tuple[int, ...]:
-        if not schedule.drafts:
-            return ()
-        if p.draft.certain > 1:
-            return (p.length,)
-        return spans_for(schedule.span_set, p.length)
+        anchors = schedule.anchors(p.length)
+        return (p.length,) if anchors and p.draft.certain > 1 else anchors
 
     def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
         """See `Method`. Projects the rows that verify, then the one chosen span of each sequence."""

@@ -115,7 +115,7 @@ def identity(subject: Subject, finding: Finding) -> None:
         engine = subject.engine(schedule)
         for prompt, params in subject.cases():
             [got] = decode(engine, [request_of(subject, prompt, params)])
-            what = f"K = {schedule.draft_len}, spans {schedule.span_set}"
+            what = f"K = {schedule.draft_len}, spans {schedule.half or schedule.span_set}"
             subject.compare(finding, prompt, params, subject.text(prompt, params), got, what)
             texts += 1
     finding.checked = f"{texts} texts, {len(subject.schedules)} schedules, {finding.tokens} tokens"
@@ -135,7 +135,7 @@ def scripted(subject: Subject, finding: Finding) -> None:
                 got += event.ids
                 if not event.prefill:
                     counts.add((schedule.draft_len, event.accepted))
-            what = f"scripted, K = {schedule.draft_len}, spans {schedule.span_set}"
+            what = f"scripted, K = {schedule.draft_len}, spans {schedule.half or schedule.span_set}"
             subject.compare(finding, prompt, params, expected, got, what)
     finding.checked = f"{len(counts)} pairs of K and accept count, {finding.tokens} tokens"
 

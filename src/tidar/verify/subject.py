@@ -19,7 +19,7 @@ from tidar.decode.compare import (
 )
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import Request
-from tidar.layout import Schedule, dense_schedule
+from tidar.layout import Schedule, dense_schedule, two_forward
 from tidar.methods import Draft, Method, Pending, Project, Step, Verdict
 from tidar.methods.tidar import Tidar
 from tidar.model import Transformer
@@ -143,6 +143,7 @@ def make_subject(
     if not quick:
         schedules += [Schedule(k, (1,)) for k in lens if k > 2]
         schedules += [Schedule(k, (1, 2, k)) for k in lens if k > 2]
+        schedules += [two_forward(max(lens))]
     params = [SamplingParams(), SamplingParams(temperature=0.8, seed=1)]
     if not quick:
         params += [SamplingParams(temperature=1.0, top_p=0.9, top_k=20, seed=2)]
