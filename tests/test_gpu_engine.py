@@ -135,7 +135,7 @@ def test_float32_text_is_ar(name: str, temperature: float, excuses: Excuses) -> 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bfloat16_text_leaves_ar_only_at_near_ties(temperature: float) -> None:
-    """The engine's own AR and TiDAR: where two texts part, float32 scores are as good as equal."""
+    """The engine's own AR and TiDAR: texts part only where float32 scores are within the budget."""
     model = bundled()
     half = copy.deepcopy(model).to(torch.bfloat16)
     prompts = real_prompts(model, 6, 100)
@@ -152,32 +152,41 @@ def test_bfloat16_text_leaves_ar_only_at_near_ties(temperature: float) -> None:
         ]
         runs = collect(PagedEngine(half, FixedPlan(schedule), limits), requests)
         texts.append([tuple(run.ids) for run in runs])
-    whole = 0
+    equal = 0
     for other in texts[1:]:
         for index, (mine, base) in enumerate(zip(other, texts[0], strict=True)):
-            whole += mine == base
-            if mine != base:
-                assert parting_gap(model, prompts[index], mine, base, index, temperature) < 0.5
-    assert whole >= 3
+            places = zip(mine, base, strict=True)
+            at = next((i for i, (one, two) in enumerate(places) if one != two), len(base))
+            equal += at
+            if at < len(base):
+                context = [*prompts[index], *base[:at]]
+                gap, budget = parting(
+                    model, half, context, (mine[at], base[at]), index, temperature
+                )
+                assert gap <= 2 * budget, (index, at, gap, budget)
+    # Rounding at every token would still let one in many pass: most of each text is the same.
+    assert equal >= 30 * 2 * len(prompts), equal
 
 
-def parting_gap(
+def parting(
     model: Transformer,
-    prompt: Sequence[int],
-    mine: Sequence[int],
-    base: Sequence[int],
+    half: Transformer,
+    context: Sequence[int],
+    tokens: tuple[int, int],
     seed: int,
     temperature: float,
-) -> float:
-    """How far apart the two tokens are, in float32 scores, where two texts part."""
+) -> tuple[float, float]:
+    """How far apart two tokens' float32 scores are behind `context`, and the budget for a score."""
     from tidar.sampling import gumbel_noise
 
-    at = next(i for i, pair in enumerate(zip(mine, base, strict=True)) if pair[0] != pair[1])
-    scores = plain_logits(copy.deepcopy(model).cpu(), [*prompt, *base[:at]])[-1:]
+    exact, plain = (
+        finite(plain_logits(copy.deepcopy(each).cpu(), context).float()) for each in (model, half)
+    )
+    budget, scores = NOISE * float((plain - exact).abs().max()), exact[-1:]
     if temperature:
-        noise = gumbel_noise(seed, torch.tensor([len(prompt) + at]), scores.shape[-1])
-        scores = scores / temperature + noise
-    return abs(float(scores[0, mine[at]] - scores[0, base[at]]))
+        noise = gumbel_noise(seed, torch.tensor([len(context)]), scores.shape[-1])
+        scores, budget = scores / temperature + noise, budget / temperature
+    return abs(float(scores[0, tokens[0]] - scores[0, tokens[1]])), budget
 
 
 def test_a_cache_that_does_not_fit_is_refused() -> None:

@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
+from tidar.kernels.attention_sum import sum_parts
+from tidar.kernels.attention_tiles import load_vectors, share_of, store_vectors
 
 _LOG2_E = math.log2(math.e)
-
-SUM_TILE = 4096
-"""Numbers that a program of the sum adds up."""
 
 
 @triton.jit
@@ -48,47 +47,6 @@ def _offsets(
 
 
 @triton.jit
-def _load(
-    at: tl.tensor,
-    seen: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    TILE_D: tl.constexpr,
-) -> tl.tensor:
-    """Vectors `[N, TILE_D]` at the pointers `at` `[N]`, zeros where not `seen` (None: all are)."""
-    dims = tl.arange(0, TILE_D)[None, :]
-    if seen is None:
-        if HEAD_DIM == TILE_D:
-            vectors = tl.load(at[:, None] + dims)
-        else:
-            mask = dims < HEAD_DIM
-            vectors = tl.load(at[:, None] + dims, mask=mask, other=0.0)
-    else:
-        if HEAD_DIM == TILE_D:
-            vectors = tl.load(at[:, None] + dims, mask=seen[:, None], other=0.0)
-        else:
-            mask = seen[:, None] & (dims < HEAD_DIM)
-            vectors = tl.load(at[:, None] + dims, mask=mask, other=0.0)
-    return vectors
-
-
-@triton.jit
-def _store(
-    at: tl.tensor,
-    vectors: tl.tensor,
-    real: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    TILE_D: tl.constexpr,
-) -> None:
-    """Vectors `[M, TILE_D]` to the pointers `at` `[M]`, those that are `real`."""
-    dims = tl.arange(0, TILE_D)[None, :]
-    if HEAD_DIM == TILE_D:
-        tl.store(at[:, None] + dims, vectors.to(at.dtype.element_ty), mask=real[:, None])
-    else:
-        mask = real[:, None] & (dims < HEAD_DIM)
-        tl.store(at[:, None] + dims, vectors.to(at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _fold(
     scores: tl.tensor,
     values: tl.tensor,
@@ -108,17 +66,24 @@ def _fold(
 
 
 @triton.jit
-def _share(
-    length: tl.tensor,
-    rows: tl.tensor,
-    splits: tl.tensor,
-    min_share: tl.tensor,
-    TILE_N: tl.constexpr,
-) -> tl.tensor:
-    """Tiles of keys that a split takes, and how many splits that keeps busy."""
-    tiles = tl.cdiv(length, TILE_N) + tl.cdiv(rows, TILE_N)
-    share = tl.maximum(tl.cdiv(tiles, splits), min_share)
-    return share, tl.cdiv(tiles, share)
+def _leave(
+    parts: tl.tensor,
+    stats: tl.tensor,
+    part: tl.tensor,
+    result: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    real: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> None:
+    """What a split has found, for `tidar.kernels.attention_sum`."""
+    lane = tl.arange(0, TILE_M)
+    at = parts + part.to(tl.int64) * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
+    store_vectors(at, result, real, HEAD_DIM, TILE_D)
+    tl.store(stats + part * (2 * TILE_M) + lane, peak)
+    tl.store(stats + part * (2 * TILE_M) + TILE_M + lane, total)
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "min_share", "table_batch", "tail_batch"])
@@ -144,9 +109,6 @@ def _attention_kernel(
     k_batch: tl.tensor,
     k_row: tl.tensor,
     k_head: tl.tensor,
-    v_batch: tl.tensor,
-    v_row: tl.tensor,
-    v_head: tl.tensor,
     pages_page: tl.tensor,
     pages_head: tl.tensor,
     out_batch: tl.tensor,
@@ -176,7 +138,9 @@ def _attention_kernel(
     row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
     real = row < rows
     # What does not hang on the prefix length is asked for first, to come while that is under way.
-    queries = _load(q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D)
+    queries = load_vectors(
+        q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D
+    )
     tail += batch * tail_batch
     own_span = tl.load(tail + rows + row, mask=real, other=-1)
     own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
@@ -185,14 +149,14 @@ def _attention_kernel(
     # All keys of the sequence as one row of tiles: whole ones of the prefix, a broken one, the tail's.
     whole_tiles = length // TILE_N
     prefix_tiles = tl.cdiv(length, TILE_N)
-    share, active = _share(length, rows, splits, min_share, TILE_N)
+    share, active = share_of(length, rows, splits, min_share, TILE_N)
     if split >= active:
         return
     first = split * share
     last = tl.minimum(first + share, prefix_tiles + tl.cdiv(rows, TILE_N))
 
     k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    v += batch * k_batch + head * k_head
     key_pages += head * pages_head
     value_pages += head * pages_head
     table = page_table + batch * table_batch
@@ -203,8 +167,8 @@ def _attention_kernel(
     total = tl.zeros([TILE_M], tl.float32)
     for tile in tl.range(first, tl.minimum(last, whole_tiles)):
         offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
-        keys = _load(key_pages + offsets, None, HEAD_DIM, TILE_D)
-        values = _load(value_pages + offsets, None, HEAD_DIM, TILE_D)
+        keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
+        values = load_vectors(value_pages + offsets, None, HEAD_DIM, TILE_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
@@ -213,8 +177,8 @@ def _attention_kernel(
         offsets = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
         seen = start + within < length
         # Slots behind the prefix may hold NaN. A score there is replaced, a value must load as 0.
-        keys = _load(key_pages + offsets, seen, HEAD_DIM, TILE_D)
-        values = _load(value_pages + offsets, seen, HEAD_DIM, TILE_D)
+        keys = load_vectors(key_pages + offsets, seen, HEAD_DIM, TILE_D)
+        values = load_vectors(value_pages + offsets, seen, HEAD_DIM, TILE_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         scores = tl.where(seen[None, :], scores, float("-inf"))
         result, peak, total = _fold(scores, values, scale, result, peak, total)
@@ -226,8 +190,8 @@ def _attention_kernel(
         seen = place < rows
         position = tl.load(tail + place, mask=seen, other=2147483647)
         span = tl.load(tail + rows + place, mask=seen, other=-2)
-        keys = _load(k + place * k_row, seen, HEAD_DIM, TILE_D)
-        values = _load(v + place * v_row, seen, HEAD_DIM, TILE_D)
+        keys = load_vectors(k + place * k_row, seen, HEAD_DIM, TILE_D)
+        values = load_vectors(v + place * k_row, seen, HEAD_DIM, TILE_D)
         clean = position[None, :] < own_anchor[:, None]
         visible = tl.where((span == -1)[None, :], clean, span[None, :] == own_span[:, None])
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
@@ -238,68 +202,10 @@ def _attention_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if parts is None:
         at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
-        _store(at, result / total[:, None], real, HEAD_DIM, TILE_D)
+        store_vectors(at, result / total[:, None], real, HEAD_DIM, TILE_D)
     else:
         part = program * splits + split
-        lane = tl.arange(0, TILE_M)
-        at = parts + part.to(tl.int64) * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
-        _store(at, result, real, HEAD_DIM, TILE_D)
-        tl.store(stats + part * (2 * TILE_M) + lane, peak)
-        tl.store(stats + part * (2 * TILE_M) + TILE_M + lane, total)
-
-
-@triton.jit(do_not_specialize=["rows", "splits", "min_share"])
-def _sum_kernel(
-    parts: tl.tensor,
-    stats: tl.tensor,
-    prefix_lens: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    splits: tl.tensor,
-    min_share: tl.tensor,
-    out_batch: tl.tensor,
-    out_row: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ALL_PARTS: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-    LANES: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """LANES lanes of a tile, all their parts at once. Grid: (B * KV_HEADS * tiles, TILE_M // LANES)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    program = tl.program_id(0)
-    lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
-    batch = program // (KV_HEADS * lane_tiles)
-    head = program // lane_tiles % KV_HEADS
-    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    lanes = (program % lane_tiles) * TILE_M + lane
-    row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
-    real = row < rows
-    _, active = _share(tl.load(prefix_lens + batch), rows, splits, min_share, TILE_N)
-    # Parts past the active ones are of an earlier launch, or of none: neither may count.
-    part = tl.arange(0, ALL_PARTS)[:, None]
-    exists = (part < active) & real[None, :]
-    stat = stats + program * splits * (2 * TILE_M) + lane
-    peaks = tl.load(stat[None, :] + part * (2 * TILE_M), mask=exists, other=-1e30)
-    totals = tl.load(stat[None, :] + part * (2 * TILE_M) + TILE_M, mask=exists, other=0.0)
-    peak = tl.max(peaks, 0)
-    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
-    cell = parts + program.to(tl.int64) * splits * (TILE_M * HEAD_DIM) + lane * HEAD_DIM
-    result = tl.zeros([LANES, TILE_D], tl.float32)
-    # Laid out flat, so that all loads are under way at once.
-    for index in tl.static_range(ALL_PARTS):
-        exist = real & (index < active)
-        weight = tl.exp2(tl.load(stat + index * (2 * TILE_M), mask=exist, other=-1e30) - peak)
-        vectors = _load(cell + index * (TILE_M * HEAD_DIM), exist, HEAD_DIM, TILE_D)
-        result += vectors * weight[:, None]
-    at = out + batch * out_batch + row * out_row + query_head * HEAD_DIM
-    _store(at, result / tl.where(real, total, 1.0)[:, None], real, HEAD_DIM, TILE_D)
+        _leave(parts, stats, part, result, peak, total, real, HEAD_DIM, TILE_M, TILE_D)
 
 
 def paged_attention(
@@ -327,7 +233,7 @@ def paged_attention(
     Args:
         q: `[B, W, num_heads, head_dim]`, rotary embedding applied. Only its last dimension need be
             contiguous, and so for k, v, out: views of one merged buffer are fine.
-        k, v: `[B, W, num_kv_heads, head_dim]`, keys and values of the same rows.
+        k, v: `[B, W, num_kv_heads, head_dim]` of equal strides, keys and values of the same rows.
         key_pages, value_pages: `[num_pages, num_kv_heads, page_size, head_dim]` of equal strides,
             page_size a power of two; what is one head's of a page lies in one piece.
         page_table: int32 `[B, max_pages]`; entries behind a sequence's last page are not read.
@@ -369,7 +275,7 @@ def _launch(
     pdl: bool,
 ) -> None:
     """The launches themselves; `tensors` are the first kernel's first arguments."""
-    q, k, v, key_pages, _, page_table, prefix_lens, tail, out = tensors
+    q, k, _, key_pages, _, page_table, prefix_lens, tail, out = tensors
     batch, rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = key_pages.shape[1:3]
     group = num_heads // num_kv_heads
@@ -381,8 +287,6 @@ def _launch(
         vectors = programs * splits * config.tile_m
         assert parts.numel() >= vectors * head_dim, "the workspace is for smaller sizes"
         assert stats.numel() >= vectors * 2
-    tile_d = max(16, triton.next_power_of_2(head_dim))
-    early = {"launch_pdl": True} if pdl else {}
     _attention_kernel[(programs, splits)](
         *tensors,
         parts,
@@ -393,7 +297,6 @@ def _launch(
         _LOG2_E / math.sqrt(head_dim),
         *q.stride()[:3],
         *k.stride()[:3],
-        *v.stride()[:3],
         *key_pages.stride()[:2],
         *out.stride()[:2],
         page_table.stride(0),
@@ -404,37 +307,24 @@ def _launch(
         PAGE_SIZE=page_size,
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
-        TILE_D=tile_d,
+        TILE_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         PDL=pdl,
-        **early,
+        **({"launch_pdl": True} if pdl else {}),
     )
-    if parts is None:
-        return
-    all_parts = triton.next_power_of_2(splits)
-    lanes = max(1, min(config.tile_m, SUM_TILE // (all_parts * tile_d)))
-    _sum_kernel[(programs, config.tile_m // lanes)](
-        parts,
-        stats,
-        prefix_lens,
-        out,
-        rows,
-        splits,
-        config.min_share,
-        *out.stride()[:2],
-        KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        ALL_PARTS=all_parts,
-        TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
-        TILE_D=tile_d,
-        LANES=lanes,
-        PDL=pdl,
-        num_warps=max(1, lanes * tile_d // 256),
-        **early,
-    )
+    if parts is not None:
+        assert stats is not None
+        sum_parts(
+            parts,
+            stats,
+            prefix_lens,
+            out,
+            (batch, rows, num_kv_heads, group),
+            splits,
+            config,
+            pdl=pdl,
+        )
 
 
 def _check(
@@ -458,6 +348,7 @@ def _check(
     assert page_size & (page_size - 1) == 0, page_size
     assert len({tensor.dtype for tensor in (q, k, v, key_pages, value_pages, out)}) == 1
     assert all(tensor.stride(-1) == 1 for tensor in (q, k, v, key_pages, value_pages, out))
+    assert k.stride() == v.stride(), (k.stride(), v.stride())
     assert key_pages.stride() == value_pages.stride(), (key_pages.stride(), value_pages.stride())
     assert key_pages.stride(2) == head_dim, key_pages.stride()
     assert page_table.shape[0] == batch, page_table.shape

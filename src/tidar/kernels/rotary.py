@@ -177,6 +177,16 @@ def _check(
     assert prefix_lens.is_contiguous()
 
 
+def _check_parts(qkv: Tensor, parts: Tensor | None, bias: Tensor | None) -> None:
+    """AssertionError for parts of another shape than qkv's."""
+    if parts is None:
+        assert bias is None, "a bias goes with parts"
+    else:
+        assert parts.shape[1:] == qkv.shape, (parts.shape, qkv.shape)
+        assert parts.is_contiguous(), parts.stride()
+        assert qkv.is_contiguous(), qkv.stride()
+
+
 def rotate_and_store(
     qkv: Tensor,
     cos: Tensor,
@@ -224,12 +234,7 @@ def rotate_and_store(
         qkv, cos, sin, positions, (q_norm, k_norm), (key_pages, value_pages), page_table, prefix_lens,
         (rows, heads, head_dim),
     )  # fmt: skip
-    if parts is None:
-        assert bias is None, "a bias goes with parts"
-    else:
-        assert parts.shape[1:] == qkv.shape, (parts.shape, qkv.shape)
-        assert parts.is_contiguous(), parts.stride()
-        assert qkv.is_contiguous(), qkv.stride()
+    _check_parts(qkv, parts, bias)
     half_tile = triton.next_power_of_2(head_dim // 2)
     tile_h = min(HEADS_PER_PROGRAM, triton.next_power_of_2(heads))
     _rotary_kernel[(len(qkv), triton.cdiv(heads, tile_h))](
