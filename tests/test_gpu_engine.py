@@ -82,10 +82,7 @@ def step_logits(
     step = PagedRows(table, lens + length, tail.attributes.cuda(), schedule.draft_len)
     hidden = backend.forward(rows, positions, step)
     if isinstance(backend, FusedBackend):
-        logits = backend._project(hidden.flatten(0, 1)).float()
-        if model.config.mask_token_id is not None:
-            logits[:, model.config.mask_token_id] = -torch.inf
-        return logits.view(batch, len(tail), -1)
+        return backend.logits(hidden.flatten(0, 1)).float().view(batch, len(tail), -1)
     return model.logits(hidden).float()
 
 

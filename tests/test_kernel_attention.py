@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tidar.kernels.attention_launch import (
     MAX_SPLITS,
+    SHORT_CONTEXT,
+    SHORT_SPLITS,
     AttentionWorkspace,
     LaunchConfig,
     attention_workspace,
@@ -242,9 +244,9 @@ def test_even_prefixes_of_one_row_need_no_mask() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_launch_defaults(rows: int, head_dim: int) -> None:
-    for group in (1, 6):
+    for group, longest in ((1, 4096), (6, 4096), (6, SHORT_CONTEXT)):
         for itemsize in (2, 4):
-            config = launch_config(rows, group, head_dim, itemsize)
+            config = launch_config(rows, group, head_dim, itemsize, longest=longest)
             assert 16 <= config.tile_m <= 128
             assert config.tile_m & (config.tile_m - 1) == 0
             tiles = config.lane_tiles(rows, group)
@@ -254,11 +256,11 @@ def test_launch_defaults(rows: int, head_dim: int) -> None:
 
 
 def test_default_splits_fill_the_device_once() -> None:
-    assert default_splits(1, 2, 1, 132, most_tiles=100) == MAX_SPLITS
-    assert default_splits(1, 8, 1, 132, most_tiles=100) == 16
-    assert default_splits(1, 8, 1, 132, most_tiles=5) == 5
-    assert default_splits(1, 2, 11, 132, most_tiles=100) == 6
-    assert default_splits(64, 8, 1, 132, most_tiles=100) == 1
+    assert default_splits(1, 2, 1, 132) == MAX_SPLITS
+    assert default_splits(1, 8, 1, 132) == 16
+    assert default_splits(1, 8, 1, 132, longest=SHORT_CONTEXT) == SHORT_SPLITS
+    assert default_splits(1, 2, 11, 132) == 6
+    assert default_splits(64, 8, 1, 132) == 1
 
 
 def test_wrong_shapes_are_refused(kernel: ModuleType) -> None:

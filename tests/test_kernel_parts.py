@@ -12,9 +12,10 @@ from models import TOLERANCE
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tidar.kernels.between import add_parts
+from tidar.kernels.between import add_parts, embed_rows
 from tidar.kernels.parts import (
     MAX_ROWS,
+    ROW_TILE,
     SHARED_MEMORY,
     PartsConfig,
     aligned,
@@ -47,7 +48,12 @@ def check(actual: Tensor, right: Tensor) -> None:
     assert bool((error <= budget).all()), float((error / budget).max())
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 72, 80, 96, 112, MAX_ROWS])
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float64."""
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * weight.double()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 72, 80, 96, 112, ROW_TILE])
 def test_row_tiles_hold_all_rows_and_waste_less_than_half(rows: int) -> None:
     head, rest = row_tiles(rows)
     for tile in (head, rest):
@@ -58,7 +64,7 @@ def test_row_tiles_hold_all_rows_and_waste_less_than_half(rows: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 5, 40, 72])
+@pytest.mark.parametrize("rows", [1, 5, 40, 72, 130])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_parts_add_up_to_the_product(device: str, rows: int, splits: int) -> None:
     x, weight = draw(device, rows, 104), draw(device, 76, 104)
@@ -74,7 +80,7 @@ def test_parts_add_up_to_the_product(device: str, rows: int, splits: int) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 40, 130])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gated_equals_plain_arithmetic(device: str, rows: int, biased: bool) -> None:
     x, weight = draw(device, rows, 104), draw(device, 2 * 76, 104, scale=0.1)
@@ -87,24 +93,35 @@ def test_gated_equals_plain_arithmetic(device: str, rows: int, biased: bool) -> 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-def test_parts_go_into_the_stream(device: str, splits: int, biased: bool, normed: bool) -> None:
-    parts, stream = draw(device, splits, 5, 72), draw(device, 5, 72)
+def test_parts_go_into_the_stream(device: str, splits: int, biased: bool) -> None:
+    parts, stream, weight = (
+        draw(device, splits, 5, 72),
+        draw(device, 5, 72),
+        draw(device, 72, seed=2),
+    )
     bias = draw(device, 72, seed=1) if biased else None
-    weight = draw(device, 72, seed=2) if normed else None
     right = stream.double() + parts.double().sum(0)
     if bias is not None:
         right += bias.double()
     out = add_parts(parts, stream, bias=bias, norm_weight=weight, eps=EPS)
     check(stream, right)
-    if weight is None:
-        assert out is stream
-    else:
-        check(out, right * torch.rsqrt(right.square().mean(1, True) + EPS) * weight.double())
+    check(out, normed(right, weight))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_embedding_and_first_norm(device: str) -> None:
+    table, weight = draw(device, 9, 72), draw(device, 72, seed=2)
+    ids = torch.tensor([3, 0, 8, 3], device=device)
+    stream, out = embed_rows(ids, table, norm_weight=weight, eps=EPS)
+    assert torch.equal(stream, table[ids])
+    check(out, normed(table[ids].double(), weight))
+    stream, out = embed_rows(ids, table)
+    assert out is stream
+    assert torch.equal(stream, table[ids])
 
 
 @pytest.mark.parametrize("shape", [(2048, 1536), (1536, 8960), (6144, 4096), (384, 384), (40, 24)])
-@pytest.mark.parametrize("rows", [3, 80, MAX_ROWS])
+@pytest.mark.parametrize("rows", [3, 80, ROW_TILE, MAX_ROWS])
 @pytest.mark.parametrize("gated", [False, True])
 def test_default_cuts(shape: tuple[int, int], rows: int, gated: bool) -> None:
     """No split without work, about a program per multiprocessor, within its memory."""

@@ -19,7 +19,10 @@ class PlainBackend:
         return self.model(ids, positions, self.cache.attend(rows))
 
     def choose(self, hidden: Tensor, params: RowParams, positions: Tensor) -> Tensor:
-        return choose_rows(self.model.logits(hidden), params, positions)
+        return choose_rows(self.logits(hidden), params, positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
 
 
 def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> Stepper:
@@ -40,8 +43,6 @@ def fused_stepper(stepper: Stepper, model: Transformer, cache: PagedCache) -> St
         stepper.mask_token_id,
         stepper.limit,
         replay=stepper.replay,
-        # The fused hidden states are those before the final norm.
-        project=lambda hidden: model.logits(model.norm(hidden)),
         draws=stepper.draws,
         pdl=backend.pdl,
     )

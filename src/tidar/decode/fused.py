@@ -7,13 +7,15 @@ kernels are launched so that each starts while the one before it ends (programma
 where the GPU can do that.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.decode.fused_attention import FusedAttention, Step
 from tidar.kernels import linear, parts
-from tidar.kernels.between import add_parts, gated, rms_norm
+from tidar.kernels.between import add_parts, embed_rows, gated, rms_norm
 from tidar.kernels.choose import ChooseWorkspace, choose_rows, choose_workspace
 from tidar.kernels.linear import small_linear
 from tidar.kernels.parts import PartsConfig, gated_linear, linear_parts
@@ -27,8 +29,14 @@ INTERPRETED_SMS = 4
 
 HOPPER = (9, 0)
 
+PARTS_ROWS = 128
+"""Rows up to which products in parts are used."""
+
 LARGE_PRODUCT = 60_000_000
 """Gate and up weights from which cuBLAS and a launch for the activation are faster (one H200)."""
+
+SMALL_HEAD = 10_000_000
+"""Weights of a vocabulary projection up to which its logits are float32, from kernels of this package."""
 
 
 class FusedBackend:
@@ -51,29 +59,30 @@ class FusedBackend:
             for layer in self.layers
             for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
         )
+        head = model.head_weight
+        self.small_head = head.numel() <= SMALL_HEAD and parts.aligned(head)
         self._choosing: dict[int, ChooseWorkspace] = {}
+        self._normed = False
 
     def forward(self, ids: Tensor, positions: Tensor, rows: PagedRows) -> Tensor:
-        """Residual stream `[B, W, hidden_size]` behind the last layer; `choose` applies the final norm."""
+        """Hidden states `[B, W, hidden_size]`; of one or two rows without the final norm, which `logits` adds."""
         batch, width = ids.shape
         step = Step(batch, width, positions.flatten().contiguous(), rows)
-        x = F.embedding(ids.flatten(), self.model.embed.weight)
-        if len(x) <= linear.MAX_ROWS:
-            self._layers_by_vectors(x, step)
-        elif len(x) <= parts.MAX_ROWS and self.aligned:
-            self._layers_by_parts(x, step)
+        count, tokens = batch * width, ids.flatten()
+        self._normed = count > linear.MAX_ROWS
+        if not self._normed:
+            hidden = self._layers_by_vectors(tokens, step)
+        elif count <= PARTS_ROWS and self.aligned:
+            hidden = self._layers_by_parts(tokens, step)
         else:
-            self._layers_by_cublas(x, step)
-        return x.view(batch, width, -1)
+            hidden = self._layers_by_cublas(tokens, step)
+        return hidden.view(batch, width, -1)
 
     def choose(self, hidden: Tensor, params: RowParams, positions: Tensor) -> Tensor:
         """See `Backend`."""
-        logits = self._project(hidden)
-        mask = self.config.mask_token_id
         if params.top_k is not None:  # sorts the vocabulary: PyTorch's, in the same graph
-            if mask is not None:
-                logits[:, mask] = -torch.inf
-            return choose_filtered(logits, params, positions)
+            return choose_filtered(self.logits(hidden), params, positions)
+        logits, mask = self._project(hidden), self.config.mask_token_id
         rows = len(logits)
         if rows not in self._choosing:
             self._choosing[rows] = choose_workspace(rows, self.config.vocab_size, self.device)
@@ -87,15 +96,30 @@ class FusedBackend:
             pdl=self.pdl,
         )
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        """Logits `[N, V]` of rows of the residual stream."""
-        head, norm = self.model.head_weight, self.model.norm
-        if len(hidden) <= linear.MAX_ROWS:
-            return self._vectors(hidden, head, norm_weight=norm.weight)
-        return F.linear(self._norm(hidden.contiguous(), norm.weight), head)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Backend`."""
+        logits, mask = self._project(hidden), self.config.mask_token_id
+        if mask is not None:
+            logits[:, mask] = -torch.inf
+        return logits
 
-    def _layers_by_vectors(self, x: Tensor, step: Step) -> None:
-        """All layers, on the residual stream `[1 or 2, hidden_size]` in place."""
+    def _project(self, hidden: Tensor) -> Tensor:
+        """Logits `[N, V]`; that of the mask token is still to be dropped."""
+        head, norm = self.model.head_weight, self.model.norm.weight
+        hidden = hidden.contiguous()
+        if len(hidden) <= linear.MAX_ROWS:
+            dtype = torch.float32 if self.small_head else head.dtype
+            out = torch.empty(len(hidden), len(head), dtype=dtype, device=self.device)
+            return self._vectors(hidden, head, norm_weight=None if self._normed else norm, out=out)
+        assert self._normed, "so many rows come from a forward pass of so many"
+        if self.small_head and len(hidden) <= PARTS_ROWS:
+            whole = replace(self._cut(hidden, head), splits=1)
+            return linear_parts(hidden, head, config=whole, pdl=self.pdl)[0]
+        return F.linear(hidden, head)
+
+    def _layers_by_vectors(self, ids: Tensor, step: Step) -> Tensor:
+        """The residual stream `[1 or 2, hidden_size]` behind all layers."""
+        x, _ = embed_rows(ids, self.model.embed.weight, pdl=self.pdl)
         for index, layer in enumerate(self.layers):
             norm, mlp_norm = layer.attn_norm.weight, layer.mlp_norm.weight
             qkv = self._vectors(x, layer.qkv.weight, bias=layer.qkv.bias, norm_weight=norm)
@@ -109,11 +133,18 @@ class FusedBackend:
                 gated_pairs=True,
             )
             self._vectors(inner, layer.down.weight, bias=layer.down.bias, residual=x)
+        return x
 
-    def _layers_by_parts(self, x: Tensor, step: Step) -> None:
-        """All layers, on the residual stream `[up to 128, hidden_size]` in place."""
-        norms = [layer.attn_norm.weight for layer in self.layers]
-        normed = self._norm(x, norms[0])
+    def _layers_by_parts(self, ids: Tensor, step: Step) -> Tensor:
+        """Normed hidden states `[up to 128, hidden_size]` behind all layers."""
+        norms = [*(layer.attn_norm.weight for layer in self.layers), self.model.norm.weight]
+        x, normed = embed_rows(
+            ids,
+            self.model.embed.weight,
+            norm_weight=norms[0],
+            eps=self.config.rms_norm_eps,
+            pdl=self.pdl,
+        )
         for index, layer in enumerate(self.layers):
             products = self._parts(normed, layer.qkv.weight)
             qkv = x.new_empty(products.shape[1:])
@@ -122,11 +153,12 @@ class FusedBackend:
             normed = self._add(products, x, layer.o.bias, layer.mlp_norm.weight)
             inner = self._inner(normed, layer)
             products = self._parts(inner, layer.down.weight)
-            following = norms[index + 1] if index + 1 < len(norms) else None
-            normed = self._add(products, x, layer.down.bias, following)
+            normed = self._add(products, x, layer.down.bias, norms[index + 1])
+        return normed
 
-    def _layers_by_cublas(self, x: Tensor, step: Step) -> None:
-        """All layers, on the residual stream `[M, hidden_size]` in place."""
+    def _layers_by_cublas(self, ids: Tensor, step: Step) -> Tensor:
+        """Normed hidden states `[M, hidden_size]` behind all layers."""
+        x, _ = embed_rows(ids, self.model.embed.weight, pdl=self.pdl)
         for index, layer in enumerate(self.layers):
             normed = self._norm(x, layer.attn_norm.weight)
             qkv = F.linear(normed, layer.qkv.weight, layer.qkv.bias)
@@ -135,6 +167,7 @@ class FusedBackend:
             normed = self._norm(x, layer.mlp_norm.weight)
             inner = gated(F.linear(normed, layer.gate_up.weight, layer.gate_up.bias), pdl=self.pdl)
             _add_product(x, inner, layer.down.weight, layer.down.bias)
+        return self._norm(x, self.model.norm.weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.rms_norm_eps, pdl=self.pdl)
@@ -148,6 +181,7 @@ class FusedBackend:
         norm_weight: Tensor | None = None,
         residual: Tensor | None = None,
         gated_pairs: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """A linear layer of one or two rows with what surrounds it; a residual is changed in place."""
         return small_linear(
@@ -159,7 +193,7 @@ class FusedBackend:
             residual=residual,
             gated=gated_pairs,
             config=linear.default_config(len(x), *weight.shape, gated_pairs, pdl=self.pdl),
-            out=residual,
+            out=residual if out is None else out,
         )
 
     def _parts(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -174,9 +208,7 @@ class FusedBackend:
         config = self._cut(x, weight, gated_pairs=True)
         return gated_linear(x, weight, bias, config=config, pdl=self.pdl)
 
-    def _add(
-        self, products: Tensor, x: Tensor, bias: Tensor | None, norm_weight: Tensor | None
-    ) -> Tensor:
+    def _add(self, products: Tensor, x: Tensor, bias: Tensor | None, norm_weight: Tensor) -> Tensor:
         """Takes a product into the residual stream x; returns its norm."""
         eps = self.config.rms_norm_eps
         return add_parts(products, x, bias=bias, norm_weight=norm_weight, eps=eps, pdl=self.pdl)

@@ -102,7 +102,8 @@ class FusedAttention:
         """How attention over steps of this width is cut up."""
         config = self.config
         group = config.num_heads // config.num_kv_heads
-        return launch_config(width, group, config.head_dim, self.dtype.itemsize)
+        longest = config.max_positions
+        return launch_config(width, group, config.head_dim, self.dtype.itemsize, longest=longest)
 
     def _plan(
         self, batch: int, width: int, cut: LaunchConfig
@@ -110,9 +111,8 @@ class FusedAttention:
         """Splits and their memory for steps up to this size; one captured graph serves all contexts."""
         config = self.config
         tiles = cut.lane_tiles(width, config.num_heads // config.num_kv_heads)
-        longest = -(-config.max_positions // cut.tile_n) + -(-width // cut.tile_n)
         splits = default_splits(
-            batch, config.num_kv_heads, tiles, self.sms, most_tiles=-(-longest // cut.min_share)
+            batch, config.num_kv_heads, tiles, self.sms, longest=config.max_positions
         )
         if splits == 1:
             return 1, None

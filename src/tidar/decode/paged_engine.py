@@ -122,7 +122,6 @@ class PagedEngine:
             model.config.mask_token_id or 0,
             self.limit,
             replay=replay,
-            project=model.logits,
             draws=draws or BY_HASH,
         )
         if cuda and backend is None:

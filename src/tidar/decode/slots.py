@@ -17,7 +17,6 @@ from torch import Tensor
 from tidar.decode.rejection import BY_HASH, Draws
 from tidar.decode.rules import SlotRules
 from tidar.layout import Schedule, Tail, build_tail, nearest_anchor
-from tidar.methods import Project
 from tidar.paged_cache import PagedRows
 from tidar.sampling import RowParams, mix
 
@@ -37,6 +36,10 @@ class Backend(Protocol):
 
     def choose(self, hidden: Tensor, params: RowParams, positions: Tensor) -> Tensor:
         """The choices `[N]` of rows `[N, hidden_size]` for the positions `[N]` they predict."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[N, V]` of rows `[N, hidden_size]` that the last `forward` made."""
         ...
 
 
@@ -155,8 +158,8 @@ class Stepper:
 
     limit: positions of the model. filtered: whether any sequence uses top-k or top-p. all_rows: project
     every row at once; else the draft rows, then the chosen spans (one pass over the vocabulary's weights
-    against two, of fewer rows); None decides by the number of rows. project, draws: what steps need that
-    look at probabilities, logits of hidden states `[N, hidden_size]` and where their chance comes from.
+    against two, of fewer rows); None decides by the number of rows. draws: where the chance of steps that
+    look at probabilities comes from.
     """
 
     slots: Slots
@@ -167,7 +170,6 @@ class Stepper:
     filtered: bool = False
     all_rows: bool | None = None
     replay: Replay | None = None
-    project: Project | None = None
     draws: Draws = BY_HASH
 
     def __call__(self, chosen: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tidar.decode.rejection import chances, distributions, one_hot, residual
 from tidar.decode.rules import COMPARING, FREE, Rule, SlotRules
 from tidar.decode.slots import Stepper, count_passed, gather_rows
-from tidar.methods import Project
 from tidar.sampling import RowParams, choose_rows, process_rows
 
 
@@ -151,12 +150,7 @@ class WeighedStepper(Stepper):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of rows `[B, N, hidden_size]`, `[B, N, V]`."""
-        return self._project(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-
-    @property
-    def _project(self) -> Project:
-        assert self.project is not None, "this engine was made without a projection"
-        return self.project
+        return self.backend.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 
 def _row(values: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from torch import Tensor
 MAX_SPLITS = 32
 """More parts than that take longer to add up than they save."""
 
+SHORT_CONTEXT, SHORT_SPLITS = 2048, 8
+"""Positions up to which a model's contexts count as short, and the most splits there."""
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
@@ -29,16 +32,27 @@ class LaunchConfig:
         return _tiles(rows * group, self.tile_m)
 
 
-def launch_config(rows: int, group: int, head_dim: int, itemsize: int = 2) -> LaunchConfig:
+def launch_config(
+    rows: int, group: int, head_dim: int, itemsize: int = 2, *, longest: int = 1 << 20
+) -> LaunchConfig:
     """Defaults for a Hopper GPU, measured on one H200; `dataclasses.replace` varies them.
 
-    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element.
+    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; longest:
+    positions of the model, as one cut serves all contexts.
     """
     lanes = rows * group
     if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
         return LaunchConfig(tile_m=16, tile_n=32, num_warps=4, num_stages=3, min_share=2)
     wide = head_dim > 128
     tile_m = 128 if lanes > 1024 and not wide else 16 if lanes <= 16 else 64
+    if longest <= SHORT_CONTEXT:  # few tiles each: what counts is how soon the first one is there
+        return LaunchConfig(
+            tile_m=tile_m,
+            tile_n=64 if tile_m == 16 and not wide else 32,
+            num_warps=8 if tile_m == 128 or wide else 4,
+            num_stages=3,
+            min_share=1,
+        )
     return LaunchConfig(
         tile_m=tile_m,
         tile_n=32 if wide else 64,
@@ -49,14 +63,15 @@ def launch_config(rows: int, group: int, head_dim: int, itemsize: int = 2) -> La
 
 
 def default_splits(
-    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, most_tiles: int
+    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, longest: int = 1 << 20
 ) -> int:
-    """Splits that fill `num_sms` multiprocessors once.
+    """Splits that fill `num_sms` multiprocessors once, but no more than are worth adding up.
 
-    most_tiles: shares of keys, `min_share` tiles each, in the longest sequence; more splits were idle.
+    longest: positions of the model.
     """
     programs = batch * num_kv_heads * lane_tiles
-    return max(1, min(num_sms // programs, most_tiles, MAX_SPLITS))
+    most = SHORT_SPLITS if longest <= SHORT_CONTEXT else MAX_SPLITS
+    return max(1, min(num_sms // programs, most))
 
 
 def _tiles(count: int, tile: int) -> int:

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of many rows: sums of parts, RMSNorm, the gated activation."""
+"""What stands between the matrix products of a step: embedding, sums of parts, RMSNorm, activation."""
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
 # mypy: disable-error-code="untyped-decorator"
@@ -119,20 +119,19 @@ def _add_kernel(
     # The norm reads what the stream keeps of the sum, not the sum.
     kept = total.to(stream.dtype.element_ty)
     tl.store(at, kept, mask=real)
-    if norm_weight is not None:
-        values = kept.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-        scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
+    values = kept.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
 
 
 def add_parts(
     parts: Tensor,
     stream: Tensor,
     *,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
     pdl: bool = False,
 ) -> Tensor:
     """Adds a product's parts and bias to the residual stream in place; returns its RMSNorm.
@@ -141,15 +140,15 @@ def add_parts(
         parts: float32 `[splits, M, size]`, contiguous, of `tidar.kernels.parts.linear_parts`.
         stream: `[M, size]`, contiguous.
         bias: `[size]`.
-        norm_weight: `[size]`, with `eps`; where None the stream itself is returned.
+        norm_weight: `[size]`, with `eps`.
         pdl: programmatic dependent launch; CUDA on Hopper or later only.
     """
     splits, rows, size = parts.shape
     assert stream.shape == (rows, size), (stream.shape, parts.shape)
     assert stream.is_contiguous(), stream.stride()
     assert parts.is_contiguous(), parts.stride()
-    assert all(v is None or v.shape == (size,) for v in (bias, norm_weight))
-    out = stream if norm_weight is None else torch.empty_like(stream)
+    assert all(vector is None or vector.shape == (size,) for vector in (bias, norm_weight))
+    out = torch.empty_like(stream)
     tile = triton.next_power_of_2(size)
     _add_kernel[(rows,)](
         parts, bias, stream, norm_weight, out, rows * size, eps,
@@ -157,3 +156,59 @@ def add_parts(
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _embed_kernel(
+    ids: tl.tensor,
+    table: tl.tensor,
+    norm_weight: tl.tensor,
+    stream: tl.tensor,
+    out: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    real = column < SIZE
+    entry = tl.load(table + tl.load(ids + row) * SIZE + column, mask=real, other=0.0)
+    tl.store(stream + row * SIZE + column, entry, mask=real)
+    if norm_weight is not None:
+        values = entry.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+        scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
+
+
+def embed_rows(
+    ids: Tensor,
+    table: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream `[M, size]` of tokens `ids` int64 `[M]`, and its RMSNorm.
+
+    table: `[V, size]`, contiguous. norm_weight: `[size]`, with `eps`; where None the stream stands for its
+    norm. pdl: programmatic dependent launch; CUDA on Hopper or later only.
+    """
+    (rows,), size = ids.shape, table.shape[1]
+    assert table.is_contiguous(), table.stride()
+    assert ids.is_contiguous(), ids.stride()
+    assert norm_weight is None or norm_weight.shape == (size,), norm_weight.shape
+    stream = table.new_empty(rows, size)
+    out = stream if norm_weight is None else torch.empty_like(stream)
+    tile = triton.next_power_of_2(size)
+    _embed_kernel[(rows,)](
+        ids, table, norm_weight, stream, out, eps,
+        SIZE=size, TILE=tile, PDL=pdl, num_warps=max(1, min(8, tile // 256)),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return stream, out

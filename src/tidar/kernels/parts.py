@@ -1,9 +1,9 @@
-"""Linear layers for the 3 to 128 rows of a decode step: every weight read once, by matrix units.
+"""Linear layers for the 3 to 256 rows of a decode step, by matrix units: every weight read once or twice.
 
-A tile of weight rows is multiplied with all rows of x, so the programs share out the weights and nothing
-else. Where that leaves multiprocessors idle the columns are shared out as well: the result then comes in
-float32 parts, and whatever runs next, which would have to read it anyway, adds them up
-(`tidar.kernels.between.add_parts`, `tidar.kernels.rotary`). No atomics, so sums are the same every time.
+A tile of weight rows is multiplied with all rows of x (with 128 at a time), so the programs share out the
+weights and little else. Where that leaves multiprocessors idle the columns are shared out as well: the
+result then comes in float32 parts, and whatever runs next, which would have to read it anyway, adds them
+up (`tidar.kernels.between.add_parts`, `tidar.kernels.rotary`). No atomics: sums are the same every time.
 """
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
@@ -18,8 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MAX_ROWS = 128
+MAX_ROWS = 256
 """Rows that one launch takes."""
+
+ROW_TILE = 128
+"""Rows that one program takes."""
 
 MIN_TILE = 16
 """Rows of the smallest product that matrix units do."""
@@ -50,7 +53,8 @@ class PartsConfig:
 
 
 def row_tiles(rows: int) -> tuple[int, int]:
-    """Two powers of two (the second may be 0) that hold `rows` with as little room left as possible."""
+    """Two powers of two (the second may be 0) that hold a program's rows with little room left."""
+    rows = min(rows, ROW_TILE)
     whole = max(MIN_TILE, triton.next_power_of_2(rows))
     head = whole // 2
     if rows <= head or head < MIN_TILE:
@@ -78,11 +82,12 @@ def default_config(
     tile_k = (64 if gated else 128) if itemsize <= 2 else 32
     tile_n = 64  # what the matrix units take at a time
     steps = triton.cdiv(k, tile_k)
-    splits = 1 if gated else max(1, min(sms // triton.cdiv(n, tile_n), steps))
+    programs = triton.cdiv(n, tile_n) * triton.cdiv(rows, ROW_TILE)
+    splits = 1 if gated else max(1, min(sms // programs, steps))
     own_steps = triton.cdiv(steps, splits)
     stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows))) * tile_k * itemsize
     # Memory for more stages than there are steps would only keep the next kernel from starting early.
-    most = 3 if gated and sum(row_tiles(rows)) == MAX_ROWS else 4
+    most = 3 if gated and rows > 96 else 4
     stages = max(2, min(most, own_steps, shared_memory // stage))
     return PartsConfig(
         tile_n=tile_n,
@@ -133,9 +138,13 @@ def _parts_kernel(
     REST: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Grid: (tiles of weight rows, splits). x_head, x_rest, weight: descriptors; HEAD + REST rows of x."""
-    first_n = tl.program_id(0) * TILE_N
-    split = tl.program_id(1)
+    """Grid: (tiles of rows, tiles of weight rows, splits); x_head, x_rest, weight: descriptors.
+
+    A tile of rows: HEAD + REST; REST where one tile holds all of them.
+    """
+    first_m = tl.program_id(0) * HEAD
+    first_n = tl.program_id(1) * TILE_N
+    split = tl.program_id(2)
     first_k = split * steps * TILE_K
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -145,7 +154,7 @@ def _parts_kernel(
     # What lies behind the last row or column loads as zeros.
     for at in tl.range(first_k, tl.minimum(first_k + steps * TILE_K, k), TILE_K):
         tile = weight.load([first_n, at])
-        x = x_head.load([0, at])
+        x = x_head.load([first_m, at])
         if REST > 0:
             more = x_rest.load([HEAD, at])
         head = _product(tile, x, head)
@@ -155,7 +164,7 @@ def _parts_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     column = first_n + tl.arange(0, TILE_N)
     part = out + split.to(tl.int64) * rows * n
-    _store(part, head, column, n, tl.arange(0, HEAD), rows)
+    _store(part, head, column, n, first_m + tl.arange(0, HEAD), rows)
     if REST > 0:
         _store(part, rest, column, n, HEAD + tl.arange(0, REST), rows)
 
@@ -176,10 +185,11 @@ def _gated_kernel(
     REST: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """TILE_N columns of the result, from as many gate rows and up rows of the weights."""
-    first_n = tl.program_id(0) * TILE_N
+    """TILE_N columns of the result, from as many gate and up rows; grid: (tiles of rows, of columns)."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+    first_m = tl.program_id(0) * HEAD
+    first_n = tl.program_id(1) * TILE_N
     gate_head = tl.zeros((TILE_N, HEAD), tl.float32)
     up_head = tl.zeros((TILE_N, HEAD), tl.float32)
     if REST > 0:
@@ -187,7 +197,7 @@ def _gated_kernel(
         up_rest = tl.zeros((TILE_N, REST), tl.float32)
     for at in tl.range(0, k, TILE_K):
         gate = weight.load([first_n, at])
-        x = x_head.load([0, at])
+        x = x_head.load([first_m, at])
         up = weight.load([size + first_n, at])
         if REST > 0:
             more = x_rest.load([HEAD, at])
@@ -209,7 +219,7 @@ def _gated_kernel(
             gate_rest += gate_bias
             up_rest += up_bias
     result = gate_head * tl.sigmoid(gate_head) * up_head
-    _store(out, result, column, size, tl.arange(0, HEAD), rows)
+    _store(out, result, column, size, first_m + tl.arange(0, HEAD), rows)
     if REST > 0:
         result = gate_rest * tl.sigmoid(gate_rest) * up_rest
         _store(out, result, column, size, HEAD + tl.arange(0, REST), rows)
@@ -251,7 +261,7 @@ def _descriptors(
 
 
 def linear_parts(x: Tensor, weight: Tensor, *, config: PartsConfig, pdl: bool = False) -> Tensor:
-    """`x @ weight.T` of 1 to 128 rows as float32 parts `[splits, M, N]`, whose sum over dim 0 it is.
+    """`x @ weight.T` of 1 to 256 rows as float32 parts `[splits, M, N]`, whose sum over dim 0 it is.
 
     Args:
         x: `[M, K]`, contiguous.
@@ -263,7 +273,7 @@ def linear_parts(x: Tensor, weight: Tensor, *, config: PartsConfig, pdl: bool = 
     x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
     out = torch.empty(config.splits, rows, n, dtype=torch.float32, device=x.device)
     steps = triton.cdiv(triton.cdiv(k, config.tile_k), config.splits)
-    _parts_kernel[(triton.cdiv(n, config.tile_n), config.splits)](
+    _parts_kernel[(triton.cdiv(rows, ROW_TILE), triton.cdiv(n, config.tile_n), config.splits)](
         x_head, x_rest, weights, out, rows, n, k, steps,
         TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -280,14 +290,14 @@ def gated_linear(
     config: PartsConfig,
     pdl: bool = False,
 ) -> Tensor:
-    """`silu(x @ gate.T) * (x @ up.T)` of 1 to 128 rows: `[M, N / 2]` in x's dtype.
+    """`silu(x @ gate.T) * (x @ up.T)` of 1 to 256 rows: `[M, N / 2]` in x's dtype.
 
     weight: `[N, K]`, N/2 gate rows, then N/2 up rows; bias: `[N]` or None. Otherwise as `linear_parts`.
     """
     (rows, k), size = x.shape, weight.shape[0] // 2
     x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
     out = x.new_empty(rows, size)
-    _gated_kernel[(triton.cdiv(size, config.tile_n),)](
+    _gated_kernel[(triton.cdiv(rows, ROW_TILE), triton.cdiv(size, config.tile_n))](
         x_head, x_rest, weights, bias, out, rows, size, k,
         TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
