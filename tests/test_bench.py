@@ -14,6 +14,7 @@ from models import random_model, random_prompt
 from typer.testing import CliRunner
 
 from tidar.bench.measure import (
+    EngineName,
     Pass,
     Settings,
     Text,
@@ -206,13 +207,10 @@ def test_engine_by_name() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_engine("auto", cpu) == "plain"
     assert pick_engine("auto", cuda) == "paged"
-    assert pick_engine("auto", cuda, teacher_forced=True) == "plain"
     assert pick_engine("auto", cpu, replayed=True) == "paged"
     assert pick_engine("plain", cuda) == "plain"
     with pytest.raises(TidarError, match="not known"):
         pick_engine("fast", cpu)
-    with pytest.raises(TidarError, match="teacher"):
-        settings(engine="paged", teacher_forced=True)
 
 
 def test_commit_of_an_exported_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +280,9 @@ def test_methods_side_by_side(changes: dict) -> None:
     assert len(tidar["prompts"]) == len(PROMPTS)
 
 
-def test_teacher_forced_writes_the_real_text() -> None:
-    chosen = settings(teacher_forced=True, max_new_tokens=10, runs=1)
+@pytest.mark.parametrize("engine", ["plain", "paged"])
+def test_teacher_forced_writes_the_real_text(engine: EngineName) -> None:
+    chosen = settings(teacher_forced=True, max_new_tokens=10, runs=1, engine=engine)
     passes = run_bench(MODEL, PROMPTS, chosen, frozenset())
     for runs in passes.values():
         for prompt, done in zip(PROMPTS, runs[0], strict=True):

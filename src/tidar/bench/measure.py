@@ -250,20 +250,15 @@ class Settings:
             raise TidarError("Only the paged engine can measure decoding alone (--engine paged).")
         if self.replay is None and self.replays is not None:
             raise TidarError("Only an acceptance that is made up is replayed: it needs one.")
-        if self.engine == "paged" and self.teacher_forced:
-            raise TidarError("Only the plain engine can be teacher forced (--engine plain).")
 
 
-def pick_engine(
-    name: str, device: torch.device, *, teacher_forced: bool = False, replayed: bool = False
-) -> EngineName:
+def pick_engine(name: str, device: torch.device, *, replayed: bool = False) -> EngineName:
     """`auto` is the paged engine on CUDA and where an acceptance is replayed, else the plain one.
 
     Raises TidarError for a name that is not known.
     """
     if name == "auto":
-        paged = replayed or (device.type == "cuda" and not teacher_forced)
-        return "paged" if paged else "plain"
+        return "paged" if replayed or device.type == "cuda" else "plain"
     if name not in ("plain", "paged"):
         raise TidarError(f"engine {name!r} is not known: give auto, plain or paged.")
     return "plain" if name == "plain" else "paged"

@@ -175,7 +175,7 @@ def bench_prompts(
     settings = replace(
         settings,
         draft_lens=tuple(subject["model"]["trained_draft_lens"]),
-        engine=pick_engine(place.engine, device, teacher_forced=settings.teacher_forced),
+        engine=pick_engine(place.engine, device),
     )
     file = read_prompts(prompts, tokenizer, network, limit)
     results = _measure(network, tokenizer, file, settings)
