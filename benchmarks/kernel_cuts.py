@@ -171,7 +171,8 @@ def time_attention(
     out = torch.empty(1, rows, heads * dim, device=DEVICE, dtype=DTYPE)
 
     def launch(cut: LaunchConfig, splits: int) -> Launch:
-        workspace = attention_workspace(1, max(rows, 64), heads, kv_heads, dim, splits, DEVICE)
+        tiles = cut.lane_tiles(rows, heads // kv_heads)
+        workspace = attention_workspace(kv_heads * tiles * splits, dim, DEVICE)
         return lambda i: paged_attention(
             q, k, v, keys[i % layers], values[i % layers], table, lens, attributes,
             splits=splits, workspace=workspace, out=out, config=cut, pdl=CUDA,

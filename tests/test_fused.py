@@ -19,6 +19,7 @@ from tidar.decode.backend import PlainBackend, fused_stepper
 from tidar.decode.engine import FixedPlan
 from tidar.decode.fused import FusedBackend
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
+from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, two_forward
 from tidar.model import Transformer
 from tidar.paged_cache import PagedCache, PagedRows
@@ -77,6 +78,14 @@ def test_network_equals_the_plain_one(
         assert_equal(other[1:], one[1:])
     for one, other in zip(plain_cache.values, fused_cache.values, strict=True):
         assert_equal(other[1:], one[1:])
+
+
+def test_a_wrapped_layer_is_not_left_out() -> None:
+    model = random_model("llama", layers=2)
+    cache, _ = caches(model, 4, 8)
+    model.layers[1] = torch.nn.Sequential(model.layers[1])
+    with pytest.raises(TidarError, match="wrapped"):
+        FusedBackend(model, cache)
 
 
 @pytest.mark.parametrize(

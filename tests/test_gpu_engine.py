@@ -16,7 +16,7 @@ from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.hf_config import config_from_hf
-from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, dense_schedule
+from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, dense_schedule, two_forward
 from tidar.model import Transformer
 from tidar.paged_cache import PagedCache, PagedRows
 from tidar.sampling import SamplingParams
@@ -184,6 +184,22 @@ def parting(
         noise = gumbel_noise(seed, torch.tensor([len(context)]), scores.shape[-1])
         scores, budget = scores / temperature + noise, budget / temperature
     return abs(float(scores[0, tokens[0]] - scores[0, tokens[1]])), budget
+
+
+def test_schedules_take_turns_in_one_engine(excuses: Excuses) -> None:
+    """Graphs of many widths share workspaces and a memory pool: what one does must not reach another."""
+    model = random_model("qwen3")
+    requests, texts = some_requests(model, {}, lengths=(3, 9, 60))
+    limits = EngineLimits(
+        max_running=4, cache_tokens=640, page_size=16, chunk_tokens=32, max_draft_len=16
+    )
+    engine = PagedEngine(copy.deepcopy(model).cuda(), FixedPlan(AUTOREGRESSIVE), limits)
+    schedules = [dense_schedule(4), PRUNED, AUTOREGRESSIVE, Schedule(8, (1,)), two_forward(8)]
+    for schedule in [*schedules, *reversed(schedules)]:
+        engine.plan = FixedPlan(schedule)
+        for run, request in zip(collect(engine, requests), requests, strict=True):
+            text = texts[request.params.seed]
+            excuses.check(run.ids, text, text.ids[: request.max_new_tokens])
 
 
 def test_a_cache_that_does_not_fit_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tidar.kernels.attention_launch import (
     MAX_SPLITS,
+    MOST_LANES,
     SHORT_CONTEXT,
     SHORT_SPLITS,
     AttentionWorkspace,
@@ -145,7 +146,8 @@ def oracle(rows: Rows, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def make_workspace(case: Case, splits: int) -> AttentionWorkspace:
     batch, rows, num_heads, head_dim = case.q.shape
     num_kv_heads = case.arguments[1].shape[2]
-    return attention_workspace(batch, rows, num_heads, num_kv_heads, head_dim, splits, DEVICE)
+    tiles = math.ceil(rows * num_heads / num_kv_heads / 16)
+    return attention_workspace(batch * num_kv_heads * tiles * splits, head_dim, DEVICE)
 
 
 def check(
@@ -251,8 +253,11 @@ def test_launch_defaults(rows: int, head_dim: int) -> None:
             assert config.tile_m & (config.tile_m - 1) == 0
             tiles = config.lane_tiles(rows, group)
             assert tiles * config.tile_m >= rows * group > (tiles - 1) * config.tile_m
-            workspace = attention_workspace(2, rows, 2 * group, 2, head_dim, 3, "cpu")
-            assert workspace.stats.numel() >= 2 * 2 * tiles * config.tile_m * 3 * 2
+            assert config.tile_m <= MOST_LANES
+            for batch, heads in ((1, 2), (3, 8)):
+                splits = default_splits(batch, heads, tiles, 132, longest=longest)
+                # One workspace of as many programs as multiprocessors serves every split launch.
+                assert splits == 1 or batch * heads * tiles * splits <= 132
 
 
 def test_default_splits_fill_the_device_once() -> None:

@@ -14,7 +14,8 @@ from models import MARGIN
 from torch import Tensor
 
 from tidar.kernels import choose as choose_module
-from tidar.kernels.choose import _gumbel, choose_rows, choose_workspace
+from tidar.kernels.choose import choose_rows, choose_workspace
+from tidar.kernels.noise import gumbel
 from tidar.sampling import SamplingParams, choose, gumbel_noise, process
 
 VOCAB = 5003  # three tiles, the last one partly filled
@@ -92,7 +93,7 @@ def _noise_kernel(
     seed: tl.tensor, position: tl.tensor, out: tl.tensor, COUNT: tl.constexpr
 ) -> None:
     token = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    tl.store(out + token, _gumbel(tl.load(seed), tl.load(position), token))
+    tl.store(out + token, gumbel(tl.load(seed), tl.load(position), token))
 
 
 @pytest.mark.parametrize("device", DEVICES)

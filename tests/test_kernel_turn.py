@@ -162,6 +162,7 @@ def check_step(
         shape.choice_of_anchor,
         shape.first_row,
         drafts=size,
+        nobody=NOBODY,
         survival=None if replay is None else replay.survival,
         replay_seed=0 if replay is None else replay.seed,
         pdl=pdl,

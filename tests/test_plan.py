@@ -248,6 +248,25 @@ def test_settles_on_ar_where_rows_are_dear() -> None:
     assert drafting(schedules[200:]) <= 0.02
 
 
+def test_one_slow_turn_does_not_make_drafting_look_free() -> None:
+    """Where the device runs on its own, a turn's seconds hold the host's stalls as well."""
+    plan = MeasuredPlan(DEAR, lag=1)
+    schedule = plan.choose([0])
+    plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 1.0, None))
+    plan.observe(StepEvent(0, (1,), False, 1, 1, 1, AUTOREGRESSIVE, 1.0, None))
+    assert plan.turn_seconds < 0.012
+    text = Simulated(plan, lag=1)
+    schedules, _ = text.run(fading(0.35, 0.35), 1000)
+    assert drafting(schedules[200:]) <= 0.03
+    # A host that is really slow is believed, and no longer than it stays so.
+    for _ in range(100):
+        plan.observe(StepEvent(0, (1,), False, 1, 1, 1, AUTOREGRESSIVE, 0.1, None))
+    assert plan.turn_seconds == pytest.approx(0.1, rel=0.05)
+    for _ in range(100):
+        plan.observe(StepEvent(0, (1, 2), False, 2, 2, 20, Schedule(8, (1,)), 0.02, None))
+    assert plan.turn_seconds == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_falls_back_probes_little_and_comes_back(seed: int) -> None:
     costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))

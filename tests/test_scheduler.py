@@ -175,8 +175,8 @@ class FakeEngine:
         computed = text.prompt_len + len(text.emitted) - 1
         if ended or (text.emitted and computed >= scheduler.limits.max_positions):
             assert text.emitted == text.truth[text.prompt_len :][: len(text.emitted)]
-            assert scheduler.finish(request_id)
-            assert not scheduler.finish(request_id)
+            assert scheduler.abort(request_id)
+            assert not scheduler.abort(request_id)
             self.count("ended while waiting", request_id not in self.admitted)
             self.end(request_id)
             self.count("context" if not ended else "finished")
@@ -300,7 +300,7 @@ def test_a_head_that_does_not_fit_is_not_overtaken() -> None:
     scheduler.add(3, [3], 1)
     assert [chunk.request_id for chunk in prefill(scheduler).chunks] == [1]
     assert scheduler.next().chunks == ()
-    assert scheduler.finish(1)
+    assert scheduler.abort(1)
     assert [chunk.request_id for chunk in prefill(scheduler).chunks] == [2, 3]
 
 
@@ -310,7 +310,7 @@ def test_the_watermark_holds_back_all_but_a_request_that_has_the_cache_to_itself
     scheduler.add(2, [2], 1)
     assert [chunk.request_id for chunk in prefill(scheduler).chunks] == [1]
     assert scheduler.next().chunks == ()
-    scheduler.finish(1)
+    scheduler.abort(1)
     assert [chunk.request_id for chunk in prefill(scheduler).chunks] == [2]
 
 
@@ -328,7 +328,7 @@ def test_a_preempted_request_goes_on_from_what_it_has_emitted() -> None:
     assert scheduler.advanced(2, (50, 60), 61)
     assert scheduler.next().preempted == ()
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
-    scheduler.finish(1)
+    scheduler.abort(1)
     (chunk,) = scheduler.next().chunks
     assert (chunk.request_id, chunk.end, chunk.last) == (2, 6, True)
     assert chunk.start == 2  # its first page had not been taken
@@ -365,7 +365,7 @@ def test_a_request_can_be_aborted_in_every_state(steps: int) -> None:
 def test_a_request_that_never_fits_is_refused_with_the_setting_to_raise() -> None:
     scheduler = small(num_pages=9, page_size=2)  # 16 positions
     scheduler.add(1, [1] * 5, 10)  # 5 + 9 + lookahead 2
-    with pytest.raises(TidarError, match=r"9 pages, for 17 .* 8 pages of 2 .* num_pages to 10"):
+    with pytest.raises(TidarError, match=r"9 pages, for 17 .* 8 pages of 2 .* cache_tokens to 18"):
         scheduler.add(2, [1] * 5, 11)
     with pytest.raises(TidarError, match=r"64 tokens and the model 64 positions \(max_positions\)"):
         scheduler.add(2, [1] * 64, 1)
@@ -384,7 +384,7 @@ def test_the_model_s_last_position_bounds_what_is_reserved() -> None:
     assert scheduler.advanced(1, (50, 51), 52)
     assert not scheduler.next()
     assert len(scheduler.pages.table(1)) == 8
-    assert scheduler.finish(1)
+    assert scheduler.abort(1)
 
 
 def test_a_request_that_outgrows_what_it_was_added_with_is_an_assertion() -> None:

@@ -90,6 +90,18 @@ def test_the_engine_is_kept_and_grows(bundled: package.LanguageModel) -> None:
     assert engine_of(bundled) is second
 
 
+def test_other_weights_are_not_mixed_with_what_is_cached() -> None:
+    model = package.load(device="cpu", dtype="float32")
+    model.generate(PROMPTS[0], engine="paged", **FIXED)
+    before = engine_of(model)
+    with torch.no_grad():
+        for layer in model.network.layers:
+            next(layer.parameters()).mul_(0.9)
+    after = model.generate(PROMPTS[0], engine="paged", **FIXED).ids
+    assert engine_of(model) is not before
+    assert after == model.generate(PROMPTS[0], engine="plain", **FIXED).ids
+
+
 def test_the_measured_plan_is_kept(
     bundled: package.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar.decode.fused_attention import FusedAttention, Step
+from tidar.errors import TidarError
 from tidar.kernels import linear, parts
 from tidar.kernels.between import add_parts, embed_rows, gated, rms_norm
 from tidar.kernels.choose import ChooseWorkspace, choose_rows, choose_workspace
@@ -47,6 +48,11 @@ class FusedBackend:
         weight = next(model.parameters())
         self.device, self.itemsize = weight.device, weight.dtype.itemsize
         self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        if len(self.layers) < len(model.layers):
+            raise TidarError(
+                "The fused network reads the weights of plain layers, and some of this model's are wrapped "
+                "(by torch.compile, perhaps): give it the model as it was loaded."
+            )
         self.sms, self.pdl = INTERPRETED_SMS, False
         self.shared_memory = parts.SHARED_MEMORY
         if self.device.type == "cuda":
@@ -112,10 +118,14 @@ class FusedBackend:
             out = torch.empty(len(hidden), len(head), dtype=dtype, device=self.device)
             return self._vectors(hidden, head, norm_weight=None if self._normed else norm, out=out)
         assert self._normed, "so many rows come from a forward pass of so many"
-        if self.small_head and len(hidden) <= PARTS_ROWS:
-            whole = replace(self._cut(hidden, head), splits=1)
-            return linear_parts(hidden, head, config=whole, pdl=self.pdl)[0]
-        return F.linear(hidden, head)
+        if not self.small_head:
+            return F.linear(hidden, head)
+        whole = replace(self._cut(hidden[: parts.MAX_ROWS], head), splits=1)
+        logits = [
+            linear_parts(some, head, config=whole, pdl=self.pdl)[0]
+            for some in hidden.split(parts.MAX_ROWS)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _layers_by_vectors(self, ids: Tensor, step: Step) -> Tensor:
         """The residual stream `[1 or 2, hidden_size]` behind all layers."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tidar.kernels.attention import paged_attention
 from tidar.kernels.attention_launch import (
-    AttentionWorkspace,
     LaunchConfig,
     attention_workspace,
     default_splits,
@@ -29,7 +28,7 @@ class Step:
 
 
 class FusedAttention:
-    """For one stream at a time; workspaces are kept by size. sms: multiprocessors of the GPU."""
+    """For one stream at a time. sms: multiprocessors of the GPU."""
 
     def __init__(self, model: Transformer, cache: PagedCache, *, sms: int, pdl: bool) -> None:
         self.cache, self.config = cache, model.config
@@ -40,7 +39,7 @@ class FusedAttention:
         self.cos, self.sin = (
             table.flatten(0, 2).contiguous() for table in model.rotary(places, self.dtype)
         )
-        self._workspaces: dict[tuple[int, int], tuple[int, AttentionWorkspace]] = {}
+        self.workspace = attention_workspace(sms, self.config.head_dim, self.device)
 
     def __call__(
         self,
@@ -82,7 +81,6 @@ class FusedAttention:
         )
         q, k, v = qkv.view(batch, width, -1, dim).split((heads, kv_heads, kv_heads), dim=2)
         cut = self._cut(width)
-        splits, workspace = self._plan(batch, width, cut)
         return paged_attention(
             q,
             k,
@@ -92,8 +90,8 @@ class FusedAttention:
             rows.page_table,
             rows.prefix_lens,
             rows.tail,
-            splits=splits,
-            workspace=workspace,
+            splits=self._splits(batch, width, cut),
+            workspace=self.workspace,
             config=cut,
             pdl=self.pdl,
         ).flatten(0, 1)
@@ -105,28 +103,10 @@ class FusedAttention:
         longest = config.max_positions
         return launch_config(width, group, config.head_dim, self.dtype.itemsize, longest=longest)
 
-    def _plan(
-        self, batch: int, width: int, cut: LaunchConfig
-    ) -> tuple[int, AttentionWorkspace | None]:
-        """Splits and their memory for steps up to this size; one captured graph serves all contexts."""
+    def _splits(self, batch: int, width: int, cut: LaunchConfig) -> int:
+        """Programs that share the keys of a tile; one captured graph serves all contexts."""
         config = self.config
         tiles = cut.lane_tiles(width, config.num_heads // config.num_kv_heads)
-        splits = default_splits(
+        return default_splits(
             batch, config.num_kv_heads, tiles, self.sms, longest=config.max_positions
         )
-        if splits == 1:
-            return 1, None
-        # Widths are rounded up, so that prompts of all lengths share a few workspaces.
-        key = (batch, 1 << (width - 1).bit_length())
-        if key not in self._workspaces or self._workspaces[key][0] < splits:
-            workspace = attention_workspace(
-                key[0],
-                key[1],
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                splits,
-                self.device,
-            )
-            self._workspaces[key] = (splits, workspace)
-        return splits, self._workspaces[key][1]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tidar.decode.slots import Stepper
+from tidar.decode.slots import NOBODY, Stepper
 from tidar.kernels.turn import TurnState, prepare_rows, settle_rows
 from tidar.paged_cache import PagedRows
 from tidar.sampling import RowParams
@@ -58,6 +58,7 @@ class FusedStepper(Stepper):
             shape.choice_of_anchor,
             shape.first_row,
             drafts=size,
+            nobody=NOBODY,
             survival=None if self.replay is None else self.replay.survival,
             replay_seed=0 if self.replay is None else self.replay.seed,
             pdl=self.pdl,

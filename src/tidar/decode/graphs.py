@@ -4,7 +4,9 @@ A graph is captured for each batch size (a power of two; empty places are nobody
 filter and rule of verification when it is first asked for. Replaying it is one launch, and nothing in it asks the host.
 """
 
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +29,16 @@ class _Captured:
     copies: tuple[Tensor, Tensor, Tensor]
 
 
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one, on which streams, events and Triton's launches are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Runner:
-    """Mutable: the steps that were made so far. stepper: of any schedule; its shape is replaced."""
+    """Mutable: the steps that were made so far. stepper: of any schedule; its shape is replaced.
+
+    capturing: seconds that captures have taken.
+    """
 
     def __init__(self, stepper: Stepper, max_batch: int, *, graphs: bool) -> None:
         self.stepper, self.max_batch, self.graphs = stepper, max_batch, graphs
@@ -36,6 +46,7 @@ class Runner:
         self._captured: dict[Key, _Captured] = {}
         self._chosen: dict[int, tuple[int, ...]] = {}  # by graph: the slots it was last run for
         self._turn = 0
+        self.capturing = 0.0
         self._pool: Any = None  # the handle of a graph memory pool
 
     def __call__(
@@ -89,7 +100,10 @@ class Runner:
         size = min(1 << (batch - 1).bit_length(), max(self.max_batch, batch))
         key = (size, schedule, filtered, rule)
         if key not in self._captured:
-            self._captured[key] = self._capture(self._step(schedule, filtered, rule), size)
+            began = time.perf_counter()
+            with on_device(self.stepper.slots.prefix.device):
+                self._captured[key] = self._capture(self._step(schedule, filtered, rule), size)
+            self.capturing += time.perf_counter() - began
         return self._captured[key]
 
     def _step(self, schedule: Schedule, filtered: bool, rule: Rule) -> Stepper:

@@ -7,6 +7,7 @@ by GPU, versions, network and limits, so that the next start is quick.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from tidar.decode.costs import StepCosts, step_rows
 from tidar.decode.paged_engine import PagedEngine
 from tidar.decode.plan import MeasuredPlan
 from tidar.decode.step_times import measure_steps, room_needed
+from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 
 CONTEXTS = (512, 4096, 16384)
@@ -82,14 +84,15 @@ def measure_table(
     table: Table = {}
     for batch in batches or batch_sizes(engine):
         room = min(engine.limit, engine.pages.usable // batch * engine.pages.page_size)
-        contexts = [size for size in among if room_needed(size, schedules) <= room]
-        if not contexts:
-            contexts = [max(1, (room - room_needed(0, schedules)) // 2)]
-        if room < room_needed(contexts[0], schedules):
+        fitting = tuple(s for s in schedules if room_needed(1, (s,)) <= room)
+        if len(fitting) < min(2, len(schedules)):
             break
-        some = _within(schedules, batch)
+        contexts = [size for size in among if room_needed(size, fitting) <= room]
+        if not contexts:
+            contexts = [max(1, (room - room_needed(0, fitting)) // 2)]
+        some = _within(fitting, batch)
         if len(some) == 1:  # even the smallest draft is too much: a single point says so
-            some = (*some, schedules[1])
+            some = (*some, *fitting[1:2])
         times = measure_steps(engine, some, contexts, batch, repeats=repeats)
         for context in contexts:
             own = {t.rows: t.seconds for t in times if t.context == context}
@@ -97,6 +100,12 @@ def measure_table(
             table.setdefault(batch, {})[context] = StepCosts(
                 rows, tuple(own[count] for count in rows), fixed_shape=True
             )
+    if not table:
+        raise TidarError(
+            f"The KV cache of {engine.pages.usable * engine.pages.page_size} positions, in a model of "
+            f"{engine.limit}, has no room to time a step that drafts: raise cache_tokens, or name a schedule "
+            "instead of a measured plan."
+        )
     return table
 
 
@@ -160,7 +169,7 @@ def _place(engine: PagedEngine) -> Path:
         "versions": [own, torch.__version__, compiler],
         "network": asdict(engine.model.config),
         "dtype": str(weight.dtype),
-        "limits": [engine.runner.max_batch, engine.max_draft_len, engine.cache.num_pages],
+        "limits": [engine.runner.max_batch, engine.max_draft_len, engine.pages.page_size],
     }
     name = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
@@ -170,13 +179,14 @@ def _place(engine: PagedEngine) -> Path:
 def _read(place: Path) -> Table | None:
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
-        return {
+        table = {
             int(batch): {
                 int(context): StepCosts(tuple(rows), tuple(seconds), fixed_shape=True)
                 for context, (rows, seconds) in contexts.items()
             }
             for batch, contexts in stored.items()
         }
+        return table if table and all(table.values()) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None  # not there, or not ours: it is measured again
 
@@ -186,7 +196,13 @@ def _write(place: Path, table: Table) -> None:
         batch: {context: [costs.rows, costs.seconds] for context, costs in contexts.items()}
         for batch, contexts in table.items()
     }
-    place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(stored), encoding="utf-8")
-    partial.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(stored), encoding="utf-8")
+        partial.replace(place)
+    except OSError as error:
+        warnings.warn(
+            f"step times could not be kept in {place} ({error}); the next start measures them again",
+            stacklevel=2,
+        )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidar.decode.backend import PlainBackend, fused_stepper
 from tidar.decode.engine import Plan, check_request
-from tidar.decode.graphs import Runner
+from tidar.decode.graphs import Runner, on_device
 from tidar.decode.pages import Pages
 from tidar.decode.prefill import Entry, Prefill
 from tidar.decode.rejection import BY_HASH, Draws
@@ -54,6 +54,10 @@ class EngineLimits:
         for name in ("max_running", "page_size", "chunk_tokens", "max_draft_len"):
             if getattr(self, name) < 1:
                 raise TidarError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.page_size & (self.page_size - 1):
+            raise TidarError(f"page_size is {self.page_size}; it must be a power of two.")
+        if self.cache_tokens < 0:
+            raise TidarError(f"cache_tokens is {self.cache_tokens}; it must be 0 or more.")
         if self.behind not in (None, 0, 1):
             raise TidarError(f"behind is {self.behind}; it must be 0 or 1.")
 
@@ -135,7 +139,8 @@ class PagedEngine:
         self._free_slots = list(range(limits.max_running, NOBODY, -1))
         self._launched: deque[_Launched] = deque()
         self._last: Schedule | None = None  # of the last turn
-        self._mark = self._prefill_seconds = 0.0
+        self._mark = self._prefill_seconds = self._away = 0.0
+        self._left: float | None = None  # when the last turn ended
         self._next_id = 0
 
     def submit(self, request: Request, *, beta: float = 1.0) -> int:
@@ -148,9 +153,10 @@ class PagedEngine:
         if rule != COMPARING:
             self._make_rules(rule)
         request_id = self._next_id
+        sequence = Sequence(request_id, request)  # runs the caller's code, which may raise
         self.scheduler.add(request_id, request.prompt, request.max_new_tokens)
         self._next_id += 1
-        self.sequences[request_id] = Sequence(request_id, request)
+        self.sequences[request_id] = sequence
         self._betas[request_id] = beta
         return request_id
 
@@ -179,7 +185,8 @@ class PagedEngine:
         """
         for request in requests:
             self.submit(request)
-        self._mark = time.perf_counter()
+        self._left = None
+        self._mark = self._now()
         try:
             while self.sequences:
                 yield from self.turn()
@@ -189,6 +196,15 @@ class PagedEngine:
 
     def turn(self) -> list[StepEvent]:
         """Launches the next work and reads what is due."""
+        if self._left is not None:
+            self._away += time.perf_counter() - self._left
+        try:
+            with on_device(self.device):
+                return self._turn()
+        finally:
+            self._left = time.perf_counter()
+
+    def _turn(self) -> list[StepEvent]:
         work = self.scheduler.next()
         for request_id in work.preempted:
             self._leave(request_id)
@@ -199,11 +215,16 @@ class PagedEngine:
             events += self._read(self._launched.popleft())
         return events
 
+    def _now(self) -> float:
+        """A clock that stands still between turns and while graphs are captured: no step took that time."""
+        spent = self._away + self.runner.capturing + self.prefill.capturing
+        return time.perf_counter() - spent
+
     # --- launching ---
 
     @torch.inference_mode()
     def _launch(self, work: Work) -> _Launched:
-        began = time.perf_counter()
+        began = self._now()
         joining = [c.request_id for c in work.chunks if c.last]
         schedule = self.plan.choose([*work.decodes, *joining]) if work.decodes or joining else None
         schedule = self._within_context(schedule or AUTOREGRESSIVE, (*work.decodes, *joining))
@@ -226,7 +247,15 @@ class PagedEngine:
         return _Launched(schedule, work.decodes, results, chunks, ready, began)
 
     def _within_context(self, schedule: Schedule, request_ids: tuple[int, ...]) -> Schedule:
-        """Plain AR where a span could pass the model's last position; the text is the same."""
+        """Plain AR where a span could pass the model's last position; the text is the same.
+
+        Raises TidarError for a K that the slots have no room for.
+        """
+        if schedule.draft_len > self.max_draft_len:
+            raise TidarError(
+                f"The plan asks for K = {schedule.draft_len}, and the engine's max_draft_len is "
+                f"{self.max_draft_len}; raise it."
+            )
         reach = 2 * schedule.draft_len + self.behind * self.max_draft_len
         for request_id in request_ids:
             sequence = self.sequences[request_id]
@@ -302,7 +331,7 @@ class PagedEngine:
             self.scheduler.tokens(chunk),
             entry,
             schedule if chunk.last else None,
-            filtered=self._filters(chunk.request_id),
+            filtered=chunk.last and self._filters(chunk.request_id),
             rule=self._rule((chunk.request_id,)) if chunk.last else COMPARING,
         )
         return None if first is None else self.runner.to_host(first)
@@ -312,7 +341,7 @@ class PagedEngine:
     def _read(self, launched: _Launched) -> list[StepEvent]:
         if launched.ready is not None:
             launched.ready.synchronize()
-        now = time.perf_counter()
+        now = self._now()
         seconds, self._mark = now - max(self._mark, launched.at), now
         events = []
         if not launched.decodes:  # a turn's time belongs to its decode step where it has one

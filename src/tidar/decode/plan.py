@@ -214,9 +214,9 @@ class MeasuredPlan:
         if joined or self.experience.steps % self.replan == 0:
             self.present = self._costs()
         self.age += 1
-        if self.learn and self.experience.steps >= self.learn_at:
+        if joined and self.learn and self.experience.steps >= self.learn_at:
             self._learn()
-            self.learn_at *= 8  # a new set may have to be captured: that must stay rare
+            self.learn_at *= 8  # takes a while, and a new set may have to be captured
         if self.judging:
             self.judging -= 1
             if not self.judging and self.hopeful:
@@ -248,10 +248,7 @@ class MeasuredPlan:
             track.shift = 0
         else:
             track.tokens += event.accepted
-            if self.lag and not event.schedule.drafts:
-                # The host may be slower than the device, which is all that the measured costs know.
-                known = self.turn_seconds or event.seconds
-                self.turn_seconds = 0.9 * known + 0.1 * min(event.seconds, 2 * known)
+            self._pace(event)
             if event.schedule.drafts:
                 track.lost += self.present.ratio(event.rows) - event.accepted
             if event.drafted > 1:
@@ -262,6 +259,13 @@ class MeasuredPlan:
         if event.finish is not None:
             del self.tracks[event.request_id]
             self.active -= {event.request_id}
+
+    def _pace(self, event: StepEvent) -> None:
+        """The host may be slower than the device, which is all that the measured costs know."""
+        known = self.turn_seconds or float(self.present((1,))[0])
+        if self.lag and (not event.schedule.drafts or event.seconds < known):
+            # One slow turn says little; and no turn can take less than the host alone.
+            self.turn_seconds = 0.9 * known + 0.1 * min(event.seconds, 2 * known)
 
     def survival(self) -> Floats:
         """Acceptance by depth that decisions rest on: the running requests', given all requests'."""

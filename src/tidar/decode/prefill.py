@@ -6,6 +6,7 @@ than running it. Rows that fill up stand behind the real ones: no real row sees 
 lies beyond the prefix.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,12 +48,13 @@ class Entry:
 
 
 class Prefill:
-    """Mutable: the chunk graphs captured so far."""
+    """Mutable: the chunk graphs captured so far. capturing: seconds that captures have taken."""
 
     def __init__(self, stepper: Stepper, *, graphs: bool, most: int) -> None:
         self.stepper, self.graphs, self.most = stepper, graphs, most
         self._captured: dict[ChunkShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
         self._pool: Any = None  # the handle of a graph memory pool
+        self.capturing = 0.0
 
     def __call__(
         self,
@@ -78,7 +80,9 @@ class Prefill:
         clean = min(max(SMALLEST, 1 << (len(tokens) - 1).bit_length()), max(self.most, len(tokens)))
         shape = ChunkShape(clean, masks, choices)
         if shape not in self._captured:
+            began = time.perf_counter()
             self._captured[shape] = self._capture(shape)
+            self.capturing += time.perf_counter() - began
         graph, buffer, first = self._captured[shape]
         buffer.copy_(self._pack(shape, tokens, entry).pin_memory(), non_blocking=True)
         graph.replay()

@@ -151,8 +151,8 @@ class Scheduler:
             raise TidarError(
                 f"The request may need {needed} pages, for {peak} positions (a prompt of {size} tokens, "
                 f"max_new_tokens {max_new_tokens}, lookahead {lookahead}), and the KV cache has "
-                f"{self.pages.usable} pages of {self.pages.page_size} positions. Raise num_pages to "
-                f"{needed + 1}, lower max_new_tokens, or shorten the prompt."
+                f"{self.pages.usable} pages of {self.pages.page_size} positions. Raise cache_tokens to "
+                f"{needed * self.pages.page_size}, lower max_new_tokens, or shorten the prompt."
             )
 
     def next(self) -> Work:
@@ -205,8 +205,8 @@ class Scheduler:
             assert self.pages.committed(request_id) == len(entry.text) - 1
         return True
 
-    def finish(self, request_id: int) -> bool:
-        """Ends a request in whatever state it is; False when it had ended before.
+    def abort(self, request_id: int) -> bool:
+        """Ends a request in whatever state it is, finished or not; False when it had ended before.
 
         All its pages are free at once. To have its last tokens reused, report them first.
         """
@@ -214,10 +214,6 @@ class Scheduler:
             self.pages.close(request_id)
             return True
         return self._waiting.pop(request_id, None) is not None
-
-    def abort(self, request_id: int) -> bool:
-        """Ends a request that is no longer wanted, at any time; False when it had ended before."""
-        return self.finish(request_id)
 
     def _find(self, request_id: int) -> _Entry | None:
         return self._admitted.get(request_id) or self._waiting.get(request_id)

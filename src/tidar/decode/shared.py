@@ -70,9 +70,13 @@ def cache_tokens_for(
 
 @dataclass(slots=True)
 class _Session:
-    """Mutable: an engine and who waits for its events. engine: None once it is given up."""
+    """Mutable: an engine and who waits for its events. engine: None once it is given up.
+
+    weights: which ones it was made for (`_stamp`); cached prefixes and graphs are of those.
+    """
 
     engine: PagedEngine | None
+    weights: tuple[int, ...]
     spec: PlanSpec | None = None
     plans: dict[PlanSpec, Plan] = field(default_factory=dict)
     deliver: dict[int, Callable[[StepEvent], None]] = field(default_factory=dict)
@@ -119,7 +123,8 @@ class SharedEngine:
     """Mutable; see above. Not for use by several threads at once.
 
     It holds room for as many sequences as the largest batch asked for so far (rounded up to a power of two)
-    and drafts as long as the longest; a call that asks for more has it made anew.
+    and drafts as long as the longest; a call that asks for more, or comes after a change of the weights, has
+    it made anew.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -165,13 +170,15 @@ class SharedEngine:
             running = max(running, self.engine.runner.max_batch)
             longest = max(longest, self.engine.max_draft_len)
             known = (self.engine.runner.max_batch, self.engine.max_draft_len)
-            if (running, longest) == known and self._session is not None:
+            same = self._session is not None and self._session.weights == _stamp(self.model)
+            if (running, longest) == known and self._session is not None and same:
                 return self._session
         self.close()
         size, weight = EngineLimits().page_size, self.model.embed.weight
         room = cache_tokens_for(self.model.config, running, size, weight.dtype, weight.device)
         limits = EngineLimits(max_running=running, cache_tokens=room, max_draft_len=longest)
-        self._session = _Session(PagedEngine(self.model, FixedPlan(AUTOREGRESSIVE), limits))
+        engine = PagedEngine(self.model, FixedPlan(AUTOREGRESSIVE), limits)
+        self._session = _Session(engine, _stamp(self.model))
         return self._session
 
     def _events(
@@ -199,6 +206,15 @@ class SharedEngine:
         finally:
             for owner, request_id in mine.values():
                 owner.leave(request_id)
+
+
+def _stamp(model: Transformer) -> tuple[int, ...]:
+    """Changes with the weights, whether they are written to or replaced."""
+    return tuple(
+        number
+        for weight in model.parameters()
+        for number in (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    )
 
 
 def _collector(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tidar.decode.graphs import on_device
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.slots import StepShape
 from tidar.errors import TidarError
@@ -96,7 +97,10 @@ def measure_steps(
     check_room(engine, schedules, contexts, batch)
     burst = -(-repeats // ROUNDS)
     seconds: dict[tuple[int, Schedule], list[float]] = {}
-    with seated(engine, batch, room_needed(max(contexts), schedules)) as seat:
+    with (
+        on_device(engine.device),
+        seated(engine, batch, room_needed(max(contexts), schedules)) as seat,
+    ):
         for schedule in schedules:  # compiles and captures, so that the rounds only run
             seat.time_burst(schedule, contexts[0], 1)
         began = time.perf_counter()

@@ -21,6 +21,7 @@ from torch import Tensor
 from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
 from tidar.kernels.attention_sum import sum_parts
 from tidar.kernels.attention_tiles import load_vectors, share_of, store_vectors
+from tidar.kernels.launch import early
 
 _LOG2_E = math.log2(math.e)
 
@@ -311,7 +312,7 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         PDL=pdl,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )
     if parts is not None:
         assert stats is not None

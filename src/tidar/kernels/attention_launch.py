@@ -8,6 +8,9 @@ from torch import Tensor
 MAX_SPLITS = 32
 """More parts than that take longer to add up than they save."""
 
+MOST_LANES = 128
+"""Lanes of the largest tile."""
+
 SHORT_CONTEXT, SHORT_SPLITS = 2048, 8
 """Positions up to which a model's contexts count as short, and the most splits there."""
 
@@ -79,16 +82,6 @@ def _tiles(count: int, tile: int) -> int:
     return -(-count // tile)
 
 
-def _power(count: int) -> int:
-    """The smallest power of two that is not below `count` (at least 1)."""
-    return 1 << (count - 1).bit_length()
-
-
-def _lane_unit(lanes: int) -> int:
-    """The largest tile of lanes that makes sense: 64 may be launched wherever 16 are too few."""
-    return 16 if lanes <= 16 else min(128, max(64, _power(lanes)))
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionWorkspace:
     """Parts of the splits that wait to be added up.
@@ -102,18 +95,14 @@ class AttentionWorkspace:
 
 
 def attention_workspace(
-    batch: int,
-    rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    splits: int,
-    device: torch.device | str,
+    programs: int, head_dim: int, device: torch.device | str
 ) -> AttentionWorkspace:
-    """Memory for any launch up to these sizes, whatever its `LaunchConfig`."""
-    lanes = rows * num_heads // num_kv_heads
-    unit = _lane_unit(lanes)
-    vectors = batch * num_kv_heads * _tiles(lanes, unit) * unit * splits if splits > 1 else 0
+    """Memory for any launch of up to so many programs, splits counted.
+
+    Where splits are those of `default_splits`, that is the number of multiprocessors, and one workspace
+    serves all sizes: graphs that were captured with it need it for as long as they live.
+    """
+    vectors = programs * MOST_LANES
     return AttentionWorkspace(
         torch.empty(vectors * head_dim, dtype=torch.float32, device=device),
         torch.empty(vectors * 2, dtype=torch.float32, device=device),

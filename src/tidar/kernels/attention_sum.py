@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tidar.kernels.attention_launch import LaunchConfig
 from tidar.kernels.attention_tiles import load_vectors, share_of, store_vectors
+from tidar.kernels.launch import early
 
 SUM_TILE = 4096
 """Numbers that a program adds up."""
@@ -94,5 +95,5 @@ def sum_parts(
         parts, stats, prefix_lens, out, rows, splits, config.min_share, *out.stride()[:2],
         KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, ALL_PARTS=all_parts,
         TILE_M=config.tile_m, TILE_N=config.tile_n, TILE_D=tile_d, LANES=lanes, PDL=pdl,
-        num_warps=max(1, lanes * tile_d // 256), **({"launch_pdl": True} if pdl else {}),
+        num_warps=max(1, lanes * tile_d // 256), **early(pdl),
     )  # fmt: skip

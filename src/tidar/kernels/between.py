@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.launch import early
+
 GATED_TILE = 1024
 
 
@@ -43,7 +45,7 @@ def gated(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
     out = gate_up.new_empty(rows, size)
     _gated_kernel[(rows, triton.cdiv(size, GATED_TILE))](
         gate_up, out, SIZE=size, TILE=GATED_TILE, PDL=pdl, num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return out
 
@@ -83,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Ten
     tile = triton.next_power_of_2(size)
     _norm_kernel[(rows,)](
         x, weight, out, eps, SIZE=size, TILE=tile, PDL=pdl, num_warps=max(1, min(8, tile // 512)),
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return out
 
@@ -153,7 +155,7 @@ def add_parts(
     _add_kernel[(rows,)](
         parts, bias, stream, norm_weight, out, rows * size, eps,
         SIZE=size, TILE=tile, SPLITS=splits, PDL=pdl, num_warps=max(1, min(8, tile // 256)),
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return out
 
@@ -209,6 +211,6 @@ def embed_rows(
     _embed_kernel[(rows,)](
         ids, table, norm_weight, stream, out, eps,
         SIZE=size, TILE=tile, PDL=pdl, num_warps=max(1, min(8, tile // 256)),
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return stream, out

@@ -16,39 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.launch import early
+from tidar.kernels.noise import gumbel
+
 TILE_V = 1024
 """Vocabulary entries that a program takes at a time."""
 
 PROGRAMS = 2048
 """About how many programs fill a GPU once; with more than that each takes several tiles."""
-
-# The constants of tidar.sampling, signed as int64 holds them.
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
-_MIX_2 = tl.constexpr(0x94D049BB133111EB - 2**64)
-
-
-@triton.jit
-def _mix(state: tl.tensor) -> tl.tensor:
-    """`tidar.sampling.mix`: the shifts of int64 are arithmetic, the masks make them logical."""
-    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return state ^ ((state >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
-def _gumbel(seed: tl.tensor, position: tl.tensor, token: tl.tensor) -> tl.tensor:
-    """`tidar.sampling.gumbel_noise` of one seed and position for tokens `[N]`, float32 `[N]`."""
-    row = _mix(_mix(seed * _GOLDEN + 1) + position * _MIX_1)
-    bits = _mix(row + (token.to(tl.int64) + 1) * _GOLDEN)
-    uniform = ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float32) * 1.1102230246251565e-16
-    uniform = tl.minimum(tl.maximum(uniform, 1.1102230246251565e-16), 1 - 5.960464477539063e-08)
-    # log1p(-u) from log: what 1 - u lost by rounding scales out again (Kahan).
-    rest = 1.0 - uniform
-    lost = rest == 1.0
-    taken = tl.where(lost, 1.0, 1.0 - rest)
-    exponential = tl.where(lost, uniform, -tl.log(rest) * tl.div_rn(uniform, taken))
-    return -tl.log(exponential)
 
 
 @triton.jit(do_not_specialize=["mask_token_id"])
@@ -85,7 +60,7 @@ def _choose_kernel(
         scores = tl.load(at, mask=token < VOCAB, other=-float("inf")).to(tl.float32)
         scores = tl.where(token == mask_token_id, -float("inf"), scores)
         if temperature > 0.0:
-            noise = _gumbel(tl.load(seeds + row), tl.load(positions + row), token)
+            noise = gumbel(tl.load(seeds + row), tl.load(positions + row), token)
             scores = tl.div_rn(scores, tl.zeros((TILE,), tl.float32) + temperature) + noise
         better = scores > best
         best = tl.where(better, scores, best)
@@ -182,6 +157,6 @@ def choose_rows(
         workspace.scores, workspace.tokens, workspace.counters, logits.stride(0), mask_token_id,
         VOCAB=vocab, TILE=TILE_V, TILES=each, SHARES=shares,
         ALL_SHARES=triton.next_power_of_2(shares), PDL=pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        num_warps=4, **early(pdl),
     )  # fmt: skip
     return out

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.launch import early
+
 MAX_ROWS = 2
 """Rows that one launch takes."""
 
@@ -294,12 +296,11 @@ def small_linear(
     if config is None:
         config = default_config(rows, n, k, gated)
     assert not gated or (n % 2 == 0 and config.tile_n >= 2), (n, config)
-    launch = {"launch_pdl": True} if config.pdl else {}
     _gemv_kernel[(triton.cdiv(n, config.tile_n),)](
         x, weight, norm_weight, bias, residual, out,
         x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), eps,
         N=n, K=k, TILE_N=config.tile_n, TILE_K=config.tile_k, ROWS=rows, GATED=gated,
         STAGES=config.num_stages, UNROLL=config.unroll, PDL=config.pdl,
-        num_warps=config.num_warps, **launch,
+        num_warps=config.num_warps, **early(config.pdl),
     )  # fmt: skip
     return out

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tidar.kernels.launch import early
+
 MAX_ROWS = 256
 """Rows that one launch takes."""
 
@@ -277,7 +279,7 @@ def linear_parts(x: Tensor, weight: Tensor, *, config: PartsConfig, pdl: bool = 
         x_head, x_rest, weights, out, rows, n, k, steps,
         TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return out
 
@@ -301,6 +303,6 @@ def gated_linear(
         x_head, x_rest, weights, bias, out, rows, size, k,
         TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.launch import early
+
 HEADS_PER_PROGRAM = 4
 
 
@@ -244,5 +246,5 @@ def rotate_and_store(
         num_drafts, rows, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF_TILE=half_tile,
         TILE_H=tile_h, PAGE_SIZE=page_size, SPLITS=1 if parts is None else len(parts), PDL=pdl,
-        num_warps=max(1, min(4, tile_h * half_tile // 256)), **({"launch_pdl": True} if pdl else {}),
+        num_warps=max(1, min(4, tile_h * half_tile // 256)), **early(pdl),
     )  # fmt: skip

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NOBODY = tl.constexpr(0)
+from tidar.kernels.launch import early
+from tidar.kernels.noise import mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +105,6 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _mix(state: tl.tensor) -> tl.tensor:
-    """`tidar.sampling.mix`, on int64."""
-    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * (-4658895280553007687)
-    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * (-7723592293110705685)
-    return state ^ ((state >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
 def _settle_kernel(
     chosen: tl.tensor,
     choices: tl.tensor,
@@ -126,6 +119,7 @@ def _settle_kernel(
     survival: tl.tensor,
     results: tl.tensor,
     replay_seed: tl.tensor,
+    NOBODY: tl.constexpr,
     MAX_DRAFT: tl.constexpr,
     DRAFTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -149,8 +143,8 @@ def _settle_kernel(
     if survival is None:
         passes = token == tl.load(own + row - 1, mask=inside, other=-1)
     else:
-        own_seed = _mix(tl.load(seeds + slot) + replay_seed)
-        noise = (_mix((start.to(tl.int64) + row) * 0x9E3779B1 + own_seed) >> 40) & 0xFFFFFF
+        own_seed = mix(tl.load(seeds + slot) + replay_seed)
+        noise = (mix((start.to(tl.int64) + row) * 0x9E3779B1 + own_seed) >> 40) & 0xFFFFFF
         depth = tl.minimum(tl.load(shifts + slot) + row, DEPTHS - 1)
         passes = noise.to(tl.float32) * (1.0 / 16777216.0) < tl.load(survival + depth)
     fails = (row >= 1) & ((row >= length) | (passes == 0))
@@ -194,6 +188,7 @@ def prepare_rows(
     dependent launch; CUDA on Hopper or later only.
     """
     batch, width = len(chosen), len(offsets)
+    assert drafts <= state.drafts.shape[1], (drafts, state.drafts.shape)
     device = chosen.device
     ids, positions, places, seeds = torch.empty(
         4, batch, width, dtype=torch.int64, device=device
@@ -208,7 +203,7 @@ def prepare_rows(
         prefix_lens, page_table, mask_token_id, limit,
         MAX_DRAFT=state.drafts.shape[1], DRAFTS=drafts, WIDTH=width, PAGES=pages,
         TILE_W=triton.next_power_of_2(width), TILE_P=256, PDL=pdl, num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return TurnRows(ids, positions, places, seeds, temperatures, prefix_lens, page_table)
 
@@ -221,6 +216,7 @@ def settle_rows(
     first_rows: Tensor,
     *,
     drafts: int,
+    nobody: int,
     survival: Tensor | None = None,
     replay_seed: int = 0,
     pdl: bool = False,
@@ -229,17 +225,18 @@ def settle_rows(
 
     choices: int64 `[B, W]`, contiguous, of every row. anchors: int64 `[K + 1, K + 1]`, the anchor used
     after n of L tokens at [L, n]. first_rows: int64 `[K + 1]`, where the span of an anchor begins.
-    survival: float32, for replays (`tidar.decode.slots.Replay`).
+    nobody: the slot of no sequence. survival: float32, for replays (`tidar.decode.slots.Replay`).
     """
     batch, width = choices.shape
     assert choices.is_contiguous(), choices.stride()
+    assert drafts <= state.drafts.shape[1], (drafts, state.drafts.shape)
     results = torch.empty(batch, 2 + drafts, dtype=torch.int64, device=chosen.device)
     _settle_kernel[(batch,)](
         chosen, choices, state.prefix, state.drafts, state.lens, state.left, state.shift, state.seeds,
         anchors, first_rows, survival, results, replay_seed,
-        MAX_DRAFT=state.drafts.shape[1], DRAFTS=drafts, WIDTH=width,
+        NOBODY=nobody, MAX_DRAFT=state.drafts.shape[1], DRAFTS=drafts, WIDTH=width,
         DEPTHS=0 if survival is None else len(survival),
         TILE_K=max(2, triton.next_power_of_2(drafts)), PDL=pdl, num_warps=1,
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return results
