@@ -68,7 +68,8 @@ EngineArg = Annotated[
 MethodsArg = Annotated[
     str,
     typer.Option(
-        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan; by commas."
+        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K "
+        "(speculative:path/to/small:4); by commas."
     ),
 ]
 MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]
@@ -175,7 +176,11 @@ def bench_prompts(
     settings = replace(
         settings,
         draft_lens=tuple(subject["model"]["trained_draft_lens"]),
-        engine=pick_engine(place.engine, device, teacher_forced=settings.teacher_forced),
+        engine=pick_engine(
+            place.engine,
+            device,
+            plain_only=settings.teacher_forced or any(s.rival for s in settings.methods),
+        ),
     )
     file = read_prompts(prompts, tokenizer, network, limit)
     results = _measure(network, tokenizer, file, settings)
@@ -266,6 +271,7 @@ def _measure(
     from tidar.bench.measure import count_passes, run_bench
     from tidar.bench.memory import MemoryMeter
     from tidar.bench.summary import summarise
+    from tidar.decode.rivals import Target
 
     eos_ids = tokenizer.eos_ids if tokenizer else frozenset()
     meter = MemoryMeter(network)
@@ -278,6 +284,7 @@ def _measure(
             eos_ids,
             lambda label: progress.update(task, advance=1, description=label),
             meter=meter,
+            target=Target(network, tokenizer),
         )
     return summarise(network, passes, file.prompts, settings, tokenizer, meter)
 
