@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from models import random_model
@@ -12,6 +13,9 @@ from scripted import method
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
+from tidar.methods import Method
+from tidar.methods.block_diffusion import BlockDiffusion
+from tidar.methods.masked_diffusion import MaskedDiffusion
 from tidar.methods.speculative import DraftModel, Speculative
 from tidar.model import Transformer
 
@@ -77,7 +81,31 @@ EXACT: dict[str, Make] = {
 }
 """Methods whose text is AR's."""
 
-OTHERS: dict[str, Make] = {}
+
+def _method(make_method: Callable[[int], Method[Any]], size: int) -> Make:
+    def make(model: Transformer, max_batch: int) -> Engine:
+        mask = model.config.mask_token_id
+        assert mask is not None
+        plan = FixedPlan(Schedule(size, (1,)))
+        return Engine(model, make_method(mask), plan, max_batch=max_batch)
+
+    return make
+
+
+OTHERS: dict[str, Make] = {
+    "block-diffusion": _method(lambda mask: BlockDiffusion(mask, 0.2), 4),
+    "block-diffusion, one a pass": _method(lambda mask: BlockDiffusion(mask, 1.0), 5),
+    "block-diffusion, all at once": _method(lambda mask: BlockDiffusion(mask, 0.0), 3),
+    "block-diffusion, full": _method(lambda mask: BlockDiffusion(mask, 0.2, "full"), 4),
+    "masked-diffusion": _method(lambda mask: MaskedDiffusion(mask, 3), 8),
+    "masked-diffusion, random": _method(lambda mask: MaskedDiffusion(mask, 2, "random"), 5),
+    "masked-diffusion, origin": _method(lambda mask: MaskedDiffusion(mask, 4, "origin"), 8),
+    "masked-diffusion, one span": _method(
+        lambda mask: MaskedDiffusion(mask, 6, "entropy", shift=True), 500
+    ),
+    "masked-diffusion, margin": _method(lambda mask: MaskedDiffusion(mask, 5, "topk_margin"), 6),
+    "masked-diffusion, maskgit": _method(lambda mask: MaskedDiffusion(mask, 1, "maskgit_plus"), 4),
+}
 """Methods whose text is another model's."""
 
 ALL = {**EXACT, **OTHERS}

@@ -29,7 +29,7 @@ from tidar.tokens import StopMatcher, Tokenizer
 from tidar.weights import Checkpoint, load_checkpoint
 
 MethodName = str
-"""`tidar`, `ar`, or another method by its name in `tidar.decode.spec`: `speculative:PATH:K`."""
+"""`tidar`, `ar`, or another method by its name in `tidar.decode.rivals`, such as `speculative:PATH:4`."""
 
 EngineName = Literal["auto", "plain", "paged"]
 Prompt = str | Sequence[int]
@@ -271,7 +271,7 @@ class LanguageModel:
         """Decodes one prompt, an event per forward pass; only committed text is shown.
 
         prompt: text, or token ids. method: "tidar", "ar", or another one such as "speculative:PATH:4" (see
-        `tidar.decode.spec`; in the plain engine); by default what the checkpoint can do.
+        `tidar.decode.rivals`; plain engine only, and not all write AR's text); by default what the checkpoint can do.
         draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single",
         "two-forward" or numbers such as "1,2,4". engine: "auto", "plain" or "paged" (see `pick_engine`); with rejection
         sampling, and with beta below 1, one seed may give another text on the other engine. sampling: see

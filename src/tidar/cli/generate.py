@@ -22,8 +22,9 @@ ModelArg = Annotated[
 MethodArg = Annotated[
     str | None,
     typer.Option(
-        help="`tidar` or `ar`, by default what the model can do; or `speculative:PATH:K`, the model at PATH "
-        "drafting K tokens (`speculative:path/to/small:4`). All but `tidar` and `ar` run in the plain engine."
+        help="`tidar` or `ar`, by default what the model can do. In the plain engine also `speculative:PATH:K` (the "
+        "model at PATH drafts K tokens; exact), and, writing another model's text, `block-diffusion:K:THRESHOLD` "
+        "and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`."
     ),
 ]
 DraftLenArg = Annotated[
@@ -90,9 +91,10 @@ def generate(
         echo "Compute 78417 + 5691." | tidar generate - --json
 
         tidar generate "def fib(n):" --model ./my-model --method speculative:path/to/small:4
+
+        tidar generate "def fib(n):" --method block-diffusion:16:0.9
     """
     import tidar
-    from tidar.decode.rivals import is_exact
 
     text = _read_prompt(prompt, file)
     events = tidar.load(model, device=device, dtype=dtype).stream(
@@ -111,13 +113,20 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    warning = f"beta {beta}: lossy, not the model's own distribution" if beta != 1.0 else None
-    if not is_exact(method):
-        warning = f"{method}: another model's text, not what plain decoding of these weights writes"
+    warning = _warning(method, beta)
     if as_json:
         _print_json(events, lossy=warning is not None)
     else:
         _print_text(events, warning, show_steps=show_steps)
+
+
+def _warning(method: str | None, beta: float) -> str | None:
+    """What is said of a text that is not AR's; None of one that is."""
+    from tidar.decode.rivals import is_exact
+
+    if not is_exact(method):
+        return f"{method}: another model's text, not what plain decoding of these weights writes"
+    return f"beta {beta}: lossy, not the model's own distribution" if beta != 1.0 else None
 
 
 def _print_json(events: "Iterator[StreamEvent]", *, lossy: bool) -> None:

@@ -1,6 +1,7 @@
 """Methods beside TiDAR and AR, by name: what tells them apart, and what they need to run.
 
-`speculative:PATH:K`. They run in the plain engine, at the schedule of their size.
+`speculative:PATH:K`, `block-diffusion:K:THRESHOLD[:full]`, `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They
+run in the plain engine, at the schedule of their size.
 """
 
 from dataclasses import dataclass, field
@@ -9,12 +10,18 @@ from typing import Any, ClassVar, Protocol
 from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.methods import Method
+from tidar.methods.block_diffusion import Attention, BlockDiffusion
+from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from tidar.methods.speculative import DraftModel, Speculative
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
 from tidar.weights import load_checkpoint
 
-FORMS = "speculative:PATH:K"
+FORMS = (
+    "speculative:PATH:K, block-diffusion:K:THRESHOLD such as block-diffusion:16:0.9 (:full where clean rows of a "
+    "span see each other), masked-diffusion:SPAN:STEPS such as masked-diffusion:32:16 (:ORDER and :shift as "
+    "in masked-diffusion:256:128:entropy:shift)"
+)
 """How they are written, for messages."""
 
 
@@ -93,12 +100,48 @@ class SpeculativeRival:
         )
 
 
+def _mask_of(target: Target) -> int:
+    mask = target.model.config.mask_token_id
+    assert mask is not None  # whoever makes an engine has checked
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiffusionRival:
+    """`block-diffusion:K:THRESHOLD`, and `:full` for checkpoints trained so; see `BlockDiffusion`."""
+
+    threshold: float
+    attention: Attention
+    exact: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = True
+
+    def method(self, target: Target, max_batch: int) -> BlockDiffusion:
+        return BlockDiffusion(_mask_of(target), self.threshold, self.attention)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedDiffusionRival:
+    """`masked-diffusion:SPAN:STEPS`, then an order, then `shift`; see `MaskedDiffusion`."""
+
+    steps: int
+    order: Order
+    shift: bool
+    exact: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = True
+
+    def method(self, target: Target, max_batch: int) -> MaskedDiffusion:
+        return MaskedDiffusion(_mask_of(target), self.steps, self.order, self.shift)
+
+
 def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
     """Name, schedule and method of one of these; None for what is none of them. Raises TidarError if it is wrong."""
     name, *rest = text.strip().split(":")
-    if name == "speculative":
-        return _parse_speculative(text, rest)
-    return None
+    parsers = {
+        "speculative": _parse_speculative,
+        "block-diffusion": _parse_block_diffusion,
+        "masked-diffusion": _parse_masked_diffusion,
+    }
+    return parsers[name](text, rest) if name in parsers else None
 
 
 def is_exact(method: str | None) -> bool:
@@ -123,3 +166,38 @@ def _parse_speculative(text: str, rest: list[str]) -> tuple[str, Schedule, Rival
     count = _number(rest[-1], text)
     # One row more than it drafts: the certain token's.
     return f"speculative:{path}:{count}", Schedule(count + 1, ()), SpeculativeRival(path)
+
+
+def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    attention: Attention = "full" if rest[2:] == ["full"] else "causal"
+    if len(rest) < 2 or rest[2:] not in ([], ["full"], ["causal"]):
+        raise TidarError(
+            f"method {text!r} is not understood: give block-diffusion:K:THRESHOLD, such as "
+            "block-diffusion:16:0.9, and :full for a checkpoint whose clean rows see their whole span."
+        )
+    try:
+        threshold = float(rest[1])
+    except ValueError:
+        threshold = -1.0
+    if not 0.0 <= threshold <= 1.0:
+        raise TidarError(f"method {text!r}: {rest[1]!r} is not a confidence from 0 to 1.")
+    size = _number(rest[0], text)
+    name = f"block-diffusion:{size}:{threshold:g}" + (":full" if attention == "full" else "")
+    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, attention)
+
+
+def _parse_masked_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    shift = rest[2:] != [] and rest[-1] == "shift"
+    order = rest[2 : len(rest) - shift] or ["low-confidence"]
+    known = [each for each in ORDERS if [each] == order]
+    if len(rest) < 2 or not known:
+        raise TidarError(
+            f"method {text!r} is not understood: give masked-diffusion:SPAN:STEPS, such as "
+            f"masked-diffusion:32:16, then an order ({', '.join(ORDERS)}) if not the first, then shift if the "
+            "row before a position predicts it."
+        )
+    size, steps = _number(rest[0], text), _number(rest[1], text)
+    if steps > size:
+        raise TidarError(f"method {text!r}: {steps} passes over a span of {size} are too many.")
+    name = f"masked-diffusion:{size}:{steps}:{known[0]}" + (":shift" if shift else "")
+    return name, Schedule(size, (1,)), MaskedDiffusionRival(steps, known[0], shift)
