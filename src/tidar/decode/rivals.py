@@ -199,5 +199,6 @@ def _parse_masked_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, 
     size, steps = _number(rest[0], text), _number(rest[1], text)
     if steps > size:
         raise TidarError(f"method {text!r}: {steps} passes over a span of {size} are too many.")
-    name = f"masked-diffusion:{size}:{steps}:{known[0]}" + (":shift" if shift else "")
+    named = "" if known[0] == ORDERS[0] else f":{known[0]}"
+    name = f"masked-diffusion:{size}:{steps}{named}" + (":shift" if shift else "")
     return name, Schedule(size, (1,)), MaskedDiffusionRival(steps, known[0], shift)
