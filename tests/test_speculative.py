@@ -307,3 +307,17 @@ def test_where_it_does_not_run() -> None:
     assert "no schedule" in refused("profile", "--methods", name, "--device", "cpu")
     shaped = ("bench", "--shape", BUNDLED / "config.json", "--random-weights", "--engine", "paged")
     assert "plain engine" in refused(*shaped, "--methods", name, "--replay-acceptance", 2)
+
+
+def test_teacher_forced() -> None:
+    """The model is made to write a text; drafts are measured on it."""
+    prompt = random_prompt(target(), 5, 2)
+    (natural,) = decode(engine_of(target(), 3), [Request(prompt=prompt, max_new_tokens=20)])
+    for real, steps in (
+        (natural.ids, range(5, 6)),
+        (random_prompt(target(), 20, 9), range(10, 20)),
+    ):
+        forced = Request(prompt=prompt, max_new_tokens=20, forced=(*prompt, *real))
+        (told,) = decode(engine_of(target(), 3), [forced])
+        assert told.ids == list(real)
+        assert len(told.steps) in steps
