@@ -9,8 +9,9 @@ from models import CHECKPOINTS, FAMILIES
 from torch import Tensor
 
 from tidar.layout import Schedule, two_forward
-from tidar.methods import Draft, Project, Step
-from tidar.methods.tidar import Cell, Tidar
+from tidar.methods import Draft, Project
+from tidar.methods.choices import Cell
+from tidar.methods.tidar import Tidar, TidarStep
 from tidar.model import Transformer
 
 ALL_MODELS = (*FAMILIES, *CHECKPOINTS)
@@ -68,7 +69,7 @@ class Scripted(Tidar):
     vocab: int = 0
 
     def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], hidden: Tensor, project: Project
     ) -> list[Draft]:
         drafts = []
         for index, p in enumerate(step.pending):

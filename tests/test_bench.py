@@ -207,6 +207,7 @@ def test_engine_by_name() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_engine("auto", cpu) == "plain"
     assert pick_engine("auto", cuda) == "paged"
+    assert pick_engine("auto", cuda, plain_only=True) == "plain"
     assert pick_engine("auto", cpu, replayed=True) == "paged"
     assert pick_engine("plain", cuda) == "plain"
     with pytest.raises(TidarError, match="not known"):

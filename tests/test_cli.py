@@ -58,7 +58,7 @@ def test_json_says_what_was_done() -> None:
     record = tidar("generate", PROMPT, *FIXED, "--json").json
     assert set(record) == {
         "text", "ids", "tokens", "forwards", "tokens_per_forward", "decode_tokens_per_second",
-        "prefill_seconds", "decode_seconds", "accepts", "finish", "lossy",
+        "prefill_seconds", "decode_seconds", "draft_forwards", "accepts", "finish", "lossy",
     }  # fmt: skip
     assert record["tokens"] == len(record["ids"]) == 24
     assert len(record["accepts"]) == record["forwards"]

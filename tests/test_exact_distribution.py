@@ -19,12 +19,13 @@ import torch
 from models import make_engine, plain_logits, random_model, walk
 from torch import Tensor
 
-import tidar.methods.tidar as tidar_module
+import tidar.methods.choices as choices_module
 from tidar.decode.engine import Engine
 from tidar.decode.request import Request
 from tidar.layout import Schedule, nearest_anchor, two_forward
-from tidar.methods import Draft, Project, Step, Verdict
-from tidar.methods.tidar import Cell, Tidar
+from tidar.methods import Draft, Project, Verdict
+from tidar.methods.choices import Cell
+from tidar.methods.tidar import Tidar, TidarStep
 from tidar.model import Transformer
 from tidar.sampling import Draw, SamplingParams, probabilities, reject
 
@@ -59,7 +60,7 @@ class Watched(Tidar):
     accepts: set[int] = field(default_factory=set)
     shifts: set[int] = field(default_factory=set)
 
-    def _verify(self, step: Step, hidden: Tensor, project: Project) -> list[tuple[int, int]]:
+    def _verify(self, step: TidarStep, hidden: Tensor, project: Project) -> list[tuple[int, int]]:
         outcomes = super()._verify(step, hidden, project)
         ((accepted, token),) = outcomes
         draft = step.pending[0].draft
@@ -243,7 +244,7 @@ class ArgmaxWithSoftProbs(Watched):
     """Drafts the arg-max, then verifies with a distribution that it was not drawn from."""
 
     def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], hidden: Tensor, project: Project
     ) -> list[Draft]:
         (draft,) = super()._propose(step, cells, hidden, project)
         if draft.probs is None:
@@ -255,7 +256,7 @@ class ArgmaxWithSoftProbs(Watched):
 class LengthDependsOnTheValue(Watched):
     """Gives up a draft token of one value unverified: the bias that the design warns of."""
 
-    def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
+    def resolve(self, step: TidarStep, hidden: Tensor, project: Project) -> list[Verdict]:
         (verdict,) = super().resolve(step, hidden, project)
         if verdict.draft.tokens[1:2] == (2,):
             verdict = replace(verdict, draft=verdict.draft.cut(1))
@@ -267,7 +268,7 @@ class ProbsOfAnotherRow(Watched):
     """Verifies with (nearly) the q of the row before the draft token's own."""
 
     def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], hidden: Tensor, project: Project
     ) -> list[Draft]:
         (draft,) = super()._propose(step, cells, hidden, project)
         if draft.probs is None:
@@ -310,7 +311,7 @@ def _distribution_of_the_row_before(
 def test_a_wrong_verification_is_noticed(
     wrong: Callable[..., tuple[int, int]], draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidar_module, "reject", wrong)
+    monkeypatch.setattr(choices_module, "reject", wrong)
     params = rejection(draft=draft, top_k=3)
     joint = engine_distribution(Watched(VOCAB, count=3), Schedule(2, (1, 2)), params)
     assert distance(joint, ar_distribution(3, params)) > 1e-3
@@ -321,7 +322,7 @@ class SampledTakenForOneHot(Watched):
     """Draws the draft, then verifies as if there had been no other choice."""
 
     def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], hidden: Tensor, project: Project
     ) -> list[Draft]:
         return [
             replace(draft, probs=None) for draft in super()._propose(step, cells, hidden, project)

@@ -20,8 +20,8 @@ from torch import Tensor
 from tidar.attention import dense_attend
 from tidar.decode.request import Request
 from tidar.layout import Schedule, dense, dense_schedule, training_rows, two_forward
-from tidar.methods import Pending, Project, Step, Verdict
-from tidar.methods.tidar import Tidar
+from tidar.methods import Pending, Project, Verdict
+from tidar.methods.tidar import Tidar, TidarStep
 from tidar.model import Transformer
 from tidar.sampling import SamplingParams
 
@@ -32,7 +32,7 @@ class SpanRecorder(Tidar):
 
     spans: list[tuple[Pending, int, Tensor]] = field(default_factory=list)
 
-    def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
+    def resolve(self, step: TidarStep, hidden: Tensor, project: Project) -> list[Verdict]:
         draft_len = step.tail.draft_len
         for index, p in enumerate(step.pending):
             for anchor in step.anchors[index]:

@@ -1,6 +1,7 @@
 """`tidar verify`: passes on sound checkpoints, and fails, law by law, on broken ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,7 @@ class CausalSpans(Tidar):
 
     def step(self, pending, schedule):
         step = super().step(pending, schedule)
-        visible = step.visible.tril()
-        return type(step)(step.pending, step.tail, step.ids, step.positions, visible, step.anchors)
+        return replace(step, visible=step.visible.tril())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

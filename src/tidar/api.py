@@ -18,7 +18,9 @@ import torch
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent, tokens_per_forward
+from tidar.decode.rivals import Target
 from tidar.decode.shared import Job, PlanSpec, SharedEngine
+from tidar.decode.spec import MethodSpec, parse_rival_only
 from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.methods.tidar import Tidar
@@ -26,7 +28,9 @@ from tidar.sampling import SamplingParams
 from tidar.tokens import StopMatcher, Tokenizer
 from tidar.weights import Checkpoint, load_checkpoint
 
-MethodName = Literal["tidar", "ar"]
+MethodName = str
+"""`tidar`, `ar`, or another method by its name in `tidar.decode.rivals`, such as `speculative:PATH:4`."""
+
 EngineName = Literal["auto", "plain", "paged"]
 Prompt = str | Sequence[int]
 
@@ -38,7 +42,7 @@ class Output:
     text: the new text, cut before a stop string and without end-of-text. ids: the new tokens, up to and
     including the one that ended it. forwards: decode steps (the prefill is not one). tokens_per_forward:
     tokens of decode steps per decode step; nan if there was no step. accepts: tokens committed per step.
-    seconds: prefill and decoding.
+    seconds: prefill and decoding. draft_forwards: passes of a draft model beside the decode steps.
     """
 
     text: str
@@ -48,6 +52,7 @@ class Output:
     tokens_per_forward: float
     accepts: list[int]
     seconds: float
+    draft_forwards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class StreamEvent:
     rows: int
     seconds: float
     finish: FinishReason | None
+    draft_forwards: int = 0
 
 
 class _TextOf:
@@ -96,6 +102,7 @@ class LanguageModel:
         self.network = checkpoint.model
         self.meta = checkpoint.meta
         self.shared = SharedEngine(checkpoint.model)
+        self.target = Target(checkpoint.model, tokenizer)
         self._plans: dict[tuple[int, int], MeasuredPlan] = {}
         self._warned: set[int] = set()
 
@@ -146,9 +153,8 @@ class LanguageModel:
         1 under a measured plan; "plan" then means all spans. Raises TidarError for impossible arguments.
         """
         if method not in (None, "tidar", "ar"):
-            raise TidarError(f"method is {method!r}; it must be 'tidar' or 'ar'.")
-        if method is None:
-            method = "tidar" if self.meta else "ar"
+            raise TidarError(f"method is {method!r}; here it must be 'tidar' or 'ar'.")
+        method = method or ("tidar" if self.meta else "ar")
         if method == "ar":
             return PlanSpec(AUTOREGRESSIVE)
         if self.meta is None:
@@ -175,6 +181,17 @@ class LanguageModel:
         if engine not in ("plain", "paged"):
             raise TidarError(f"engine is {engine!r}; it must be 'auto', 'plain' or 'paged'.")
         return "plain" if engine == "plain" else "paged"
+
+    def rival(self, method: MethodName | None, engine: str, **tidar: object) -> MethodSpec | None:
+        """The method of this name where it is neither TiDAR nor AR; None where it is.
+
+        tidar: options that only TiDAR has. Raises TidarError for what is not known or cannot go together.
+        """
+        if method in (None, "tidar", "ar"):
+            return None
+        paged = engine != "auto" and self.pick_engine(engine) == "paged"
+        given = [name for name, value in tidar.items() if value not in (None, "plan", 1.0)]
+        return parse_rival_only(method, paged=paged, given=given)
 
     def method(self, beta: float = 1.0) -> Tidar:
         """The decoding method; beta below 1 is lossy. Raises TidarError outside 0..1."""
@@ -253,7 +270,8 @@ class LanguageModel:
     ) -> Iterator[StreamEvent]:
         """Decodes one prompt, an event per forward pass; only committed text is shown.
 
-        prompt: text, or token ids. method: "tidar" or "ar"; by default what the checkpoint can do.
+        prompt: text, or token ids. method: "tidar", "ar", or another one such as "speculative:PATH:4" (see
+        `tidar.decode.rivals`; plain engine only, and not all write AR's text); by default what the checkpoint can do.
         draft_len: K; by default the longest trained. span_set: "plan" (measured here), "dense", "single",
         "two-forward" or numbers such as "1,2,4". engine: "auto", "plain" or "paged" (see `pick_engine`); with rejection
         sampling, and with beta below 1, one seed may give another text on the other engine. sampling: see
@@ -271,12 +289,16 @@ class LanguageModel:
             ignore_eos=ignore_eos,
         )
         how, repeatable = self.method(beta), request.params.rejects or beta != 1.0
-        if self.pick_engine(engine) == "paged":
+        rival = self.rival(method, draft_len=draft_len, span_set=span_set, beta=beta, engine=engine)
+        if rival is not None:
+            plain = rival.engine(self.network, target=self.target)
+        elif self.pick_engine(engine) == "paged":
             spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
             jobs = [Job(request, partial(_stream_event, text=text), beta)]
             return _second(self.shared.run(jobs, spec))
-        plan = self.plan(method, draft_len, span_set, repeatable=repeatable)
-        plain = Engine(self.network, how, plan, max_batch=1)
+        else:
+            plan = self.plan(method, draft_len, span_set, repeatable=repeatable)
+            plain = Engine(self.network, how, plan, max_batch=1)
         plain.submit(request)
         # From here on a generator: mistakes in the arguments are told by the call itself.
         return (_stream_event(event, text) for event in plain.run())
@@ -302,14 +324,18 @@ class LanguageModel:
         how, size = self.method(beta), min(max_batch, max(len(prompts), 1))
         repeatable = beta != 1.0 or any(request.params.rejects for request, _ in made)
         events: list[list[StreamEvent]] = [[] for _ in prompts]
-        if self.pick_engine(engine) == "paged":
+        rival = self.rival(method, draft_len=draft_len, span_set=span_set, beta=beta, engine=engine)
+        if rival is None and self.pick_engine(engine) == "paged":
             spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
             jobs = [Job(r, partial(_stream_event, text=text), beta) for r, text in made]
             for index, shown in self.shared.run(jobs, spec, max_running=size):
                 events[index].append(shown)
         else:
-            plan = self.plan(method, draft_len, span_set, batch=size, repeatable=repeatable)
-            plain = Engine(self.network, how, plan, max_batch=max_batch)
+            if rival is not None:
+                plain = rival.engine(self.network, max_batch=max_batch, target=self.target)
+            else:
+                plan = self.plan(method, draft_len, span_set, batch=size, repeatable=repeatable)
+                plain = Engine(self.network, how, plan, max_batch=max_batch)
             for event in plain.run(request for request, _ in made):
                 events[event.request_id].append(_stream_event(event, made[event.request_id][1]))
         return [_collect(iter(each)) for each in events]
@@ -334,6 +360,7 @@ def _stream_event(event: StepEvent, text: _TextOf) -> StreamEvent:
         event.rows,
         event.seconds,
         event.finish,
+        event.draft_forwards,
     )
 
 
@@ -351,6 +378,7 @@ def _collect(events: Iterator[StreamEvent]) -> Output:
         tokens_per_forward=float("nan") if rate is None else rate,
         accepts=[event.accepted for event in steps],
         seconds=sum(event.seconds for event in done),
+        draft_forwards=sum(event.draft_forwards for event in steps),
     )
 
 

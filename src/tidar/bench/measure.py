@@ -23,7 +23,8 @@ from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
 from tidar.decode.rates import next_shift
 from tidar.decode.request import FinishReason, Request, StepEvent
-from tidar.decode.spec import MethodSpec
+from tidar.decode.rivals import Target
+from tidar.decode.spec import PLAIN_ONLY, MethodSpec
 from tidar.errors import TidarError
 from tidar.model import Transformer
 from tidar.sampling import SamplingParams
@@ -106,7 +107,7 @@ class Text:
     decoded: tokens that decode steps emitted (prefill's first one is not among them). steps: decode
     steps. accepts: how often a step committed so many tokens. rows: rows of its decode steps, all
     together. drafts: how often a step verified a draft of this shift and length. prefilled: rows of
-    the prompt's last chunk.
+    the prompt's last chunk. draft_forwards: passes of a draft model beside its decode steps.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Text:
     schedules: Counter[str] = field(default_factory=Counter)
     drafts: Counter[tuple[int, int]] = field(default_factory=Counter)
     prefilled: int = 0
+    draft_forwards: int = 0
     finish: FinishReason | None = None
     _shift: int = 0
 
@@ -130,6 +132,7 @@ class Text:
             self._shift = next_shift(event.schedule, event.drafted, event.accepted)
             self.decoded += len(event.ids)
             self.steps += 1
+            self.draft_forwards += event.draft_forwards
             self.rows += event.rows
             self.accepts[event.accepted] += 1
             spans = event.schedule.half or ",".join(map(str, event.schedule.span_set))
@@ -171,11 +174,11 @@ def run_pass(
         if event is None:
             timing.host += spent
             break
+        unbegun.discard(event.request_id)
         # A decode step over several sequences gives one event each, all with the step's seconds.
         if event.prefill:
             timing.prefill += event.seconds
             spent -= event.seconds
-            unbegun.discard(event.request_id)
             members.clear()
         else:
             known = bool(members) and event.request_id not in members
@@ -250,15 +253,26 @@ class Settings:
             raise TidarError("Only the paged engine can measure decoding alone (--engine paged).")
         if self.replay is None and self.replays is not None:
             raise TidarError("Only an acceptance that is made up is replayed: it needs one.")
+        for spec in self.methods:
+            if spec.rival is not None and self.engine == "paged":
+                raise TidarError(PLAIN_ONLY.format(spec.name))
+            if not spec.is_exact and self.teacher_forced:
+                raise TidarError(
+                    f"Method {spec.name} verifies nothing that could be teacher forced."
+                )
 
 
-def pick_engine(name: str, device: torch.device, *, replayed: bool = False) -> EngineName:
+def pick_engine(
+    name: str, device: torch.device, *, plain_only: bool = False, replayed: bool = False
+) -> EngineName:
     """`auto` is the paged engine on CUDA and where an acceptance is replayed, else the plain one.
 
+    plain_only: some method is one that the paged engine does not run.
     Raises TidarError for a name that is not known.
     """
     if name == "auto":
-        return "paged" if replayed or device.type == "cuda" else "plain"
+        paged = replayed or (device.type == "cuda" and not plain_only)
+        return "paged" if paged else "plain"
     if name not in ("plain", "paged"):
         raise TidarError(f"engine {name!r} is not known: give auto, plain or paged.")
     return "plain" if name == "plain" else "paged"
@@ -311,7 +325,11 @@ Passes = dict[str, list[list[Pass]]]
 
 
 def make_engine(
-    spec: MethodSpec, model: Transformer, requests: Sequence[Request], settings: Settings
+    spec: MethodSpec,
+    model: Transformer,
+    requests: Sequence[Request],
+    settings: Settings,
+    target: Target | None = None,
 ) -> AnyEngine:
     """The engine of one method, with room for the longest of the requests in every place.
 
@@ -319,7 +337,7 @@ def make_engine(
     """
     batch, lens = min(settings.batch, len(requests)), settings.draft_lens
     if settings.engine == "plain":
-        return spec.engine(model, max_batch=batch, draft_lens=lens)
+        return spec.engine(model, max_batch=batch, draft_lens=lens, target=target)
     longest = spec.max_draft_len(lens)
     limits = EngineLimits(max_running=batch, max_draft_len=longest)
     wanted = max(len(each.prompt) + each.max_new_tokens for each in requests) + 2 * longest
@@ -356,8 +374,12 @@ def run_bench(
     on_pass: Callable[[str], None] = lambda label: None,
     *,
     meter: MemoryMeter | None = None,
+    target: Target | None = None,
 ) -> Passes:
-    """All passes. Methods take turns on each prompt, so that a disturbance hits all alike."""
+    """All passes. Methods take turns on each prompt, so that a disturbance hits all alike.
+
+    target: the model with its tokenizer, for draft models.
+    """
     requests = [make_request(p, i, settings, eos_ids) for i, p in enumerate(prompts)]
     batch = min(settings.batch, len(prompts))
     units = [[i] for i in range(len(prompts))] if settings.batch == 1 else [[*range(len(prompts))]]
@@ -366,7 +388,7 @@ def run_bench(
     for spec in settings.methods:
         on_pass(f"warming up {spec.name}")
         with meter.watch(spec.name):
-            engine = engines[spec.name] = make_engine(spec, model, requests, settings)
+            engine = engines[spec.name] = make_engine(spec, model, requests, settings, target)
             warm_up(engine, spec, [[requests[i] for i in unit] for unit in units], batch)
     passes: Passes = {name: [[] for _ in range(settings.runs)] for name in engines}
     for run in range(settings.runs):

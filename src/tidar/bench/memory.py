@@ -9,6 +9,7 @@ import torch
 
 from tidar.decode.engine import Engine
 from tidar.decode.paged_engine import PagedEngine
+from tidar.methods.speculative import Speculative
 from tidar.model import Transformer
 
 
@@ -18,10 +19,13 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def cache_bytes(engine: Engine | PagedEngine) -> int:
-    """Bytes of an engine's KV cache as it is now (the plain engine's grows)."""
+    """Bytes of an engine's KV cache as it is now (the plain engine's grows), a draft model's with it."""
     if isinstance(engine, PagedEngine):
         return engine.cache.bytes
-    stored = (*engine.cache.keys, *engine.cache.values)
+    caches = [engine.cache]
+    if isinstance(engine.method, Speculative):
+        caches.append(engine.method.draft.cache)
+    stored = [tensor for cache in caches for tensor in (*cache.keys, *cache.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 

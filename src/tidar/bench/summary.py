@@ -104,6 +104,7 @@ def speed_figures(runs: Sequence[Sequence[Pass]]) -> Figures:
         "decoded_tokens": decoded,
         "decode_steps": steps,
         "tokens_per_forward": tokens_per_forward(decoded, steps),
+        "draft_forwards_per_step": ratio(sum(t.draft_forwards for t in texts), steps),
         "rows_per_step": ratio(sum(t.rows for t in texts), steps),
         "accept_histogram": {str(n): accepts[n] for n in sorted(accepts)},
         "schedules": dict(schedules.most_common()),
@@ -280,7 +281,8 @@ def summarise(
         runs = passes[spec.name]
         figures = method_figures(runs, prompts, tokenizer, forced=settings.teacher_forced)
         figures["prompts"] = per_prompt(runs, prompts)
-        if base is not None and not settings.teacher_forced:
+        figures["is_exact"] = spec.is_exact
+        if base is not None and spec.is_exact and not settings.teacher_forced:
             figures["same_as_ar"] = same_tokens(model, prompts, runs[0], base[0], settings)
         if base is not None and settings.batch == 1:
             figures["speed_up"] = _against_ar(runs, base)

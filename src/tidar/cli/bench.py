@@ -68,7 +68,8 @@ EngineArg = Annotated[
 MethodsArg = Annotated[
     str,
     typer.Option(
-        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan; by commas."
+        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K; another "
+        "model's text: block-diffusion:K:THRESHOLD[:full], masked-diffusion:SPAN:STEPS[:ORDER][:shift]. By commas."
     ),
 ]
 MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]
@@ -127,6 +128,8 @@ def bench(
 
         tidar bench DIR --prompts p.jsonl --methods tidar:16:dense --teacher-forced --runs 1
 
+        tidar bench DIR --prompts p.jsonl --methods ar,speculative:SMALL:4,block-diffusion:16:0.9
+
         tidar bench --shape qwen3-8b --replay-acceptance 5 --decode-only --batch 1,4 --device cuda --dtype auto
     """
     from tidar.bench.measure import Settings
@@ -138,10 +141,8 @@ def bench(
         methods=parse_methods(methods), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         runs=runs, batch=batches[0], ignore_eos=ignore_eos, teacher_forced=teacher_forced,
     )  # fmt: skip
-    shaped = {
-        "context": context, "replay_acceptance": replay_acceptance, "replays": replays,
-        "decode_only": decode_only, "figure": figure, "batch": len(batches) > 1 and batch,
-    }  # fmt: skip
+    shaped = {"context": context, "replay_acceptance": replay_acceptance, "replays": replays,
+              "decode_only": decode_only, "figure": figure, "batch": len(batches) > 1 and batch}  # fmt: skip
     if shape is None:
         refuse("without --shape", **shaped)
         record = bench_prompts(model, prompts, limit, random_weights, settings, place)
@@ -175,7 +176,9 @@ def bench_prompts(
     settings = replace(
         settings,
         draft_lens=tuple(subject["model"]["trained_draft_lens"]),
-        engine=pick_engine(place.engine, device),
+        engine=pick_engine(
+            place.engine, device, plain_only=any(spec.rival for spec in settings.methods)
+        ),
     )
     file = read_prompts(prompts, tokenizer, network, limit)
     results = _measure(network, tokenizer, file, settings)
@@ -266,6 +269,7 @@ def _measure(
     from tidar.bench.measure import count_passes, run_bench
     from tidar.bench.memory import MemoryMeter
     from tidar.bench.summary import summarise
+    from tidar.decode.rivals import Target
 
     eos_ids = tokenizer.eos_ids if tokenizer else frozenset()
     meter = MemoryMeter(network)
@@ -278,6 +282,7 @@ def _measure(
             eos_ids,
             lambda label: progress.update(task, advance=1, description=label),
             meter=meter,
+            target=Target(network, tokenizer),
         )
     return summarise(network, passes, file.prompts, settings, tokenizer, meter)
 

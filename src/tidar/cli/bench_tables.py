@@ -6,6 +6,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+ANOTHER = "another model's text"
+"""Told of a method whose text is not AR's by design: it is never compared, for no likeness would mean anything."""
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -23,6 +27,8 @@ def figure_range(values: dict[str, float] | None, digits: int | None = None, uni
 
 
 def _same(figures: dict[str, Any]) -> str:
+    if not figures.get("is_exact", True):
+        return ANOTHER
     same = figures.get("same_as_ar")
     if same is None:
         return "-"
@@ -91,6 +97,7 @@ def count_rows(figures: dict[str, Any]) -> dict[str, str]:
     return {
         "tokens / steps": f"{figures['tokens']} / {figures['decode_steps']}",
         "T/NFE": number(figures["tokens_per_forward"]),
+        "draft model/step": number(figures.get("draft_forwards_per_step") or None),
         "rows/step": number(figures["rows_per_step"], 1),
         "accepts/step": _histogram(figures["accept_histogram"]),
     }

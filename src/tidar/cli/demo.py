@@ -113,7 +113,7 @@ def _measure(
         ids: list[int] = []
         for event in model.stream(
             prompt,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             draft_len=draft_len,
             span_set=span_set,
             max_new_tokens=max_new_tokens,

@@ -20,7 +20,12 @@ ModelArg = Annotated[
     typer.Option("--model", "-m", help="Folder or hub id; the bundled model if left out."),
 ]
 MethodArg = Annotated[
-    str | None, typer.Option(help="`tidar` or `ar`; by default what the model can do.")
+    str | None,
+    typer.Option(
+        help="`tidar` or `ar`, by default what the model can do. In the plain engine also `speculative:PATH:K` (the "
+        "model at PATH drafts K tokens; exact), and, writing another model's text, `block-diffusion:K:THRESHOLD` "
+        "and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`."
+    ),
 ]
 DraftLenArg = Annotated[
     int | None, typer.Option("--draft-len", "-K", help="K; by default the longest trained.")
@@ -84,13 +89,17 @@ def generate(
         tidar generate --file prompt.txt --model ./my-model -n 256 -t 0.8 --seed 7
 
         echo "Compute 78417 + 5691." | tidar generate - --json
+
+        tidar generate "def fib(n):" --model ./my-model --method speculative:path/to/small:4
+
+        tidar generate "def fib(n):" --method block-diffusion:16:0.9
     """
     import tidar
 
     text = _read_prompt(prompt, file)
     events = tidar.load(model, device=device, dtype=dtype).stream(
         text,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         draft_len=draft_len,
         span_set=span_set,
         beta=beta,
@@ -104,10 +113,20 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
+    warning = _warning(method, beta)
     if as_json:
-        _print_json(events, lossy=beta != 1.0)
+        _print_json(events, lossy=warning is not None)
     else:
-        _print_text(events, beta, show_steps=show_steps)
+        _print_text(events, warning, show_steps=show_steps)
+
+
+def _warning(method: str | None, beta: float) -> str | None:
+    """What is said of a text that is not AR's; None of one that is."""
+    from tidar.decode.rivals import is_exact
+
+    if not is_exact(method):
+        return f"{method}: another model's text, not what plain decoding of these weights writes"
+    return f"beta {beta}: lossy, not the model's own distribution" if beta != 1.0 else None
 
 
 def _print_json(events: "Iterator[StreamEvent]", *, lossy: bool) -> None:
@@ -120,20 +139,22 @@ def _print_json(events: "Iterator[StreamEvent]", *, lossy: bool) -> None:
     typer.echo(json.dumps({**record, "lossy": lossy}, ensure_ascii=False))
 
 
-def _print_text(events: "Iterator[StreamEvent]", beta: float, *, show_steps: bool) -> None:
-    """The text as it is committed; with `show_steps` coloured by forward pass, and counted."""
+def _print_text(events: "Iterator[StreamEvent]", warning: str | None, *, show_steps: bool) -> None:
+    """The text as it is committed, behind a warning; with `show_steps` coloured by forward pass, and counted."""
     from rich.console import Console
 
     from tidar.cli.show import stream_text, summary
 
-    if beta != 1.0:
-        typer.secho(f"beta {beta}: lossy, not the model's own distribution", fg="yellow", err=True)
+    if warning is not None:
+        typer.secho(warning, fg="yellow", err=True)
     facts = summary(stream_text(Console(), events, show_steps=show_steps))
     if show_steps:
         ratio, speed = facts["tokens_per_forward"], facts["decode_tokens_per_second"]
         told = f"{facts['tokens']} tokens, {facts['forwards']} forward passes after the prefill"
         if isinstance(ratio, float) and isinstance(speed, float):
             told += f", {ratio:.2f} tokens per forward, {speed:.0f} tokens/s"
+        if facts["draft_forwards"]:
+            told += f"; {facts['draft_forwards']} passes of the draft model"
         typer.secho(told, dim=True, err=True)
 
 

@@ -110,7 +110,7 @@ def pick_schedules(methods: str | None) -> "dict[Schedule, str]":
 
     found: dict[Schedule, str] = {}
     for spec in (parse_method("ar"), *parse_methods(methods or DEFAULT_METHODS)):
-        if spec.schedule is None:
+        if spec.schedule is None or spec.rival is not None:
             raise TidarError(f"{spec.name} has no schedule of its own whose steps could be timed.")
         for step in spec.schedule.steps:
             found.setdefault(step, f"{spec.name}, {step.half}" if step.half else spec.name)

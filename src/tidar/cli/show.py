@@ -44,6 +44,7 @@ def summary(events: "list[StreamEvent]") -> dict[str, object]:
         "decode_tokens_per_second": decoded / seconds if seconds else None,
         "prefill_seconds": sum(event.seconds for event in events if event.prefill),
         "decode_seconds": seconds,
+        "draft_forwards": sum(event.draft_forwards for event in steps),
         "accepts": [event.accepted for event in steps],
         "finish": events[-1].finish if events else None,
     }

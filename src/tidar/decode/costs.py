@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def step_rows(schedule: Schedule, drafts: int) -> int:
 
 def measure_costs(
     model: Transformer,
-    method: Method,
+    method: Method[Any],
     batch: int = 1,
     max_draft_len: int = 16,
     *,
@@ -123,7 +123,7 @@ def _profile_schedules(max_draft_len: int) -> tuple[Schedule, ...]:
 
 @torch.inference_mode()
 def _time_step(
-    model: Transformer, method: Method, schedule: Schedule, cache: KVCache, context: int
+    model: Transformer, method: Method[Any], schedule: Schedule, cache: KVCache, context: int
 ) -> tuple[int, float]:
     """Rows and seconds of one step with a full draft; the cache is as before afterwards."""
     batch = len(cache.lengths)
@@ -138,4 +138,4 @@ def _time_step(
     attend = cache.attend(0, batch, step.visible)
     hidden = model(step.ids.to(weight.device), step.positions.to(weight.device), attend)
     method.resolve(step, hidden, model.logits)
-    return len(step.tail), time.perf_counter() - began
+    return step.ids.shape[1], time.perf_counter() - began

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -70,7 +70,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, method: Method, plan: Plan, *, max_batch: int = 8
+        self, model: Transformer, method: Method[Any], plan: Plan, *, max_batch: int = 8
     ) -> None:
         if max_batch < 1:
             raise TidarError(f"max_batch is {max_batch}; it must be at least 1.")
@@ -88,6 +88,7 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id."""
         check_request(request, self.model.config)
+        self.method.check(request.params, forced=request.forced is not None)
         sequence = Sequence(self._next_id, request)
         self._next_id += 1
         self.waiting.append(sequence)
@@ -108,8 +109,9 @@ class Engine:
                     yield from self._decode()
         finally:
             self.waiting.clear()
-            for slot in range(len(self.running)):
+            for slot, sequence in enumerate(self.running):
                 self.cache.release(slot)
+                self.method.release(sequence.request_id)
             self.running.clear()
 
     @torch.inference_mode()  # leaving a slot may move another one's entries
@@ -119,7 +121,7 @@ class Engine:
         self.waiting.appendleft(self._leave(slot))
 
     def _prefill(self, sequence: Sequence) -> StepEvent:
-        """Runs prompt and emitted tokens in one pass, with one span at their end."""
+        """Runs prompt and emitted tokens in one pass, and whatever the method starts with behind them."""
         tokens = (*sequence.request.prompt, *sequence.emitted)
         sequence.draft = Draft(tokens, certain=len(tokens))
         slot = len(self.running)
@@ -142,7 +144,10 @@ class Engine:
         """
         began = time.perf_counter()  # the plan's own time counts as the step's
         schedule = self.plan.choose([sequence.request_id for sequence in self.running]).after(last)
-        pending = [self._pending(first + i, s, schedule) for i, s in enumerate(sequences)]
+        pending = [
+            self._pending(first + i, s, schedule, fresh=last is None)
+            for i, s in enumerate(sequences)
+        ]
         step = self.method.step(pending, schedule)
         attend = self.cache.attend(first, len(sequences), step.visible)
         hidden = self.model(step.ids.to(self.device), step.positions.to(self.device), attend)
@@ -159,13 +164,26 @@ class Engine:
             self.plan.observe(event)
         return events
 
-    def _pending(self, slot: int, sequence: Sequence, schedule: Schedule) -> Pending:
+    def _pending(
+        self, slot: int, sequence: Sequence, schedule: Schedule, *, fresh: bool
+    ) -> Pending:
         draft, prefix_len = sequence.draft, self.cache.lengths[slot]
-        if draft.certain == 1:
+        if not fresh:
             room = self.limit - prefix_len
-            draft = draft.cut(min(schedule.draft_rows, room, sequence.left))
+            most = min(schedule.draft_rows, room, sequence.left)
+            draft = draft.cut(max(draft.certain, most))
         request = sequence.request
-        return Pending(prefix_len, draft, self.limit, request.params, sequence.draw, request.forced)
+        return Pending(
+            prefix_len,
+            draft,
+            self.limit,
+            request.params,
+            sequence.draw,
+            request.forced,
+            sequence.request_id,
+            sequence.left,
+            fresh,
+        )
 
     def _commit(
         self,
@@ -177,31 +195,33 @@ class Engine:
         schedule: Schedule,
         seconds: float,
     ) -> StepEvent:
-        draft = step.pending[index].draft
-        prefill = draft.certain > 1 or not sequence.emitted
+        pending = step.pending[index]
         self.cache.commit(slot, verdict.accepted)
-        sequence.draft = verdict.draft
-        new = (*draft.tokens[draft.certain : verdict.accepted], verdict.draft.tokens[0])
-        kept = sequence.emit(new)
-        if sequence.finish is None and self.cache.lengths[slot] >= self.limit:
+        sequence.draft = after = verdict.draft
+        made = (*pending.draft.tokens[: verdict.accepted], *after.tokens[: after.certain])
+        known = len(sequence.request.prompt) + len(sequence.emitted) - pending.prefix_len
+        kept = sequence.emit(made[known:])
+        ended = verdict.ended or self.cache.lengths[slot] >= self.limit
+        if sequence.finish is None and ended:
             sequence.finish = "context"
-        rows = len(draft.tokens) + len(step.anchors[index]) * schedule.draft_len
-        drafted = 0 if prefill else len(draft.tokens)
+        tried = pending.length if verdict.tried is None else verdict.tried
         return StepEvent(
             sequence.request_id,
             kept,
-            prefill,
-            drafted,
-            verdict.accepted,
-            rows,
+            step.prefill,
+            0 if step.prefill else tried,
+            verdict.accepted if verdict.settled is None else verdict.settled,
+            step.rows[index],
             schedule,
             seconds,
             sequence.finish,
+            step.draft_forwards,
         )
 
     def _leave(self, slot: int) -> Sequence:
         """Takes a sequence out of the batch; the last one takes its slot."""
         sequence = self.running[slot]
+        self.method.release(sequence.request_id)
         last = self.running.pop()
         if last is not sequence:
             self.running[slot] = last

@@ -13,6 +13,7 @@ The plan sees accept counts and never a token that is still to be verified, so s
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -170,7 +171,7 @@ class MeasuredPlan:
     def measure(
         cls,
         model: Transformer,
-        method: Method,
+        method: Method[Any],
         *,
         batch: int = 1,
         draft_lens: Sequence[int] = (4, 8, 16),

@@ -36,9 +36,11 @@ class StepEvent:
     """What one forward pass did for one request.
 
     ids: tokens emitted and kept, in order. drafted: draft tokens it verified (0 for a prefill, whose
-    tokens are all certain). accepted: tokens it committed. rows: rows of the pass that belong to the
-    request. schedule: how the step was built. finish: set on the request's last event. seconds: wall
-    clock of the forward pass and its verdict.
+    tokens are all certain). accepted: tokens it committed. Where a span is written over several steps
+    these are the positions that were open, and those it settled. rows: rows of the pass that belong to
+    the request. schedule: how the step was built. finish: set on the request's last event. seconds: wall
+    clock of the forward pass and its verdict, drafting by another network included; draft_forwards:
+    passes of that one.
     """
 
     request_id: int
@@ -50,6 +52,7 @@ class StepEvent:
     schedule: Schedule
     seconds: float
     finish: FinishReason | None
+    draft_forwards: int = 0
 
 
 def tokens_per_forward(decoded: int, steps: int) -> float | None:
@@ -64,8 +67,9 @@ def tokens_per_forward(decoded: int, steps: int) -> float | None:
 class Sequence:
     """Mutable: a request being decoded.
 
-    Invariant while running: the committed tokens are the prompt and all emitted tokens but the last,
-    which is d[0] of `draft`; so `draft` can always be rebuilt and preemption loses nothing.
+    Invariant while running: the committed tokens and the certain ones of `draft` are the prompt and all
+    emitted tokens (with TiDAR the last of them is d[0]). So `draft` can always be rebuilt, and preemption
+    loses no token.
     """
 
     request_id: int

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidar.layout import Schedule, build_tail, cached_tail, nearest_anchor
+from tidar.layout import Schedule, Tail, build_tail, cached_tail, nearest_anchor
 from tidar.methods import Draft, Pending, Project, Step, Verdict
-from tidar.sampling import SamplingParams, choose, count_matches, probabilities, reject
+from tidar.methods.choices import Cell, choices, draft_cells, gather, verify
+from tidar.sampling import SamplingParams, probabilities
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One row of a step, named: which sequence, which row of the tail, and the position it predicts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TidarStep(Step):
+    """anchors: for each sequence, the anchor offsets it uses among those of `tail`."""
 
-    sequence: int
-    row: int
-    predicts: int
+    tail: Tail
+    anchors: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,13 @@ class Tidar:
     mask_token_id: int
     beta: float = 1.0
 
-    def step(self, pending: Sequence[Pending], schedule: Schedule) -> Step:
+    def check(self, params: SamplingParams, *, forced: bool) -> None:
+        """See `Method`. Everything goes."""
+
+    def release(self, request_id: int) -> None:
+        """See `Method`. Nothing is kept."""
+
+    def step(self, pending: Sequence[Pending], schedule: Schedule) -> TidarStep:
         """See `Method`. Sequences with shorter drafts get rows that are never accepted."""
         drafts = max(p.length for p in pending)
         own = tuple(self._anchors(p, schedule) for p in pending)
@@ -48,13 +54,25 @@ class Tidar:
         visible = tail.matrix
         if min(rooms) <= int(tail.offsets.max()):
             visible = torch.stack([tail.within(room) for room in rooms])
-        return Step(tuple(pending), tail, ids, positions, visible, own)
+        return TidarStep(
+            pending=tuple(pending),
+            ids=ids,
+            positions=positions,
+            visible=visible,
+            rows=tuple(
+                p.length + len(each) * schedule.draft_len
+                for p, each in zip(pending, own, strict=True)
+            ),
+            prefill=any(p.fresh for p in pending),
+            tail=tail,
+            anchors=own,
+        )
 
     def _anchors(self, p: Pending, schedule: Schedule) -> tuple[int, ...]:
         anchors = schedule.anchors(p.length)
         return (p.length,) if anchors and p.draft.certain > 1 else anchors
 
-    def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
+    def resolve(self, step: TidarStep, hidden: Tensor, project: Project) -> list[Verdict]:
         """See `Method`. Projects the rows that verify, then the one chosen span of each sequence."""
         outcomes = self._verify(step, hidden, project)
         cells: list[Cell] = []
@@ -70,34 +88,16 @@ class Tidar:
             verdicts.append(Verdict(accepted, Draft((token, *draft.tokens), 1, draft.probs)))
         return verdicts
 
-    def _verify(self, step: Step, hidden: Tensor, project: Project) -> list[tuple[int, int]]:
+    def _verify(self, step: TidarStep, hidden: Tensor, project: Project) -> list[tuple[int, int]]:
         """For each sequence, how many tokens commit and which token the causal model chooses next."""
-        cells = [
-            Cell(index, row, p.prefix_len + row + 1)
-            for index, p in enumerate(step.pending)
-            for row in range(p.draft.certain - 1, p.length)
-        ]
-        logits = project(_gather(hidden, cells))
+        cells = draft_cells(step.pending)
+        logits = project(gather(hidden, cells))
         if self.beta != 1.0:
             logits = self._mix(step, cells, logits, hidden, project)
-        choices = _choices(step, cells, logits)
-        outcomes = []
-        start = 0
-        for p in step.pending:
-            draft = p.draft.tokens[p.draft.certain - 1 :]
-            rows = slice(start, start + len(draft))
-            start += len(draft)
-            if p.params.rejects and p.forced is None:
-                target = probabilities(logits[rows], p.params)
-                accepted, token = reject(draft, p.draft.probs, target, p.draw)
-            else:
-                accepted = count_matches(draft, choices[rows])
-                token = choices[rows][accepted - 1]
-            outcomes.append((p.draft.certain - 1 + accepted, token))
-        return outcomes
+        return verify(step.pending, cells, logits)
 
     def _mix(
-        self, step: Step, cells: list[Cell], logits: Tensor, hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], logits: Tensor, hidden: Tensor, project: Project
     ) -> Tensor:
         """beta * causal + (1 - beta) * mask logits of the same position, where a span covers it."""
         twins: list[Cell] = []
@@ -112,13 +112,13 @@ class Tidar:
                 mixed.append(index)
         if not twins:
             return logits
-        other = project(_gather(hidden, twins))
+        other = project(gather(hidden, twins))
         logits = logits.clone()
         logits[mixed] = self.beta * logits[mixed] + (1 - self.beta) * other
         logits[:, self.mask_token_id] = -torch.inf  # 0 * -inf would leave NaN here
         return logits
 
-    def _chosen_span(self, step: Step, index: int, accepted: int) -> list[Cell]:
+    def _chosen_span(self, step: TidarStep, index: int, accepted: int) -> list[Cell]:
         """The rows that draft after `accepted` tokens; the first row of the span is d[0]'s own, and left out."""
         p = step.pending[index]
         anchor = nearest_anchor(step.anchors[index], accepted)
@@ -132,13 +132,13 @@ class Tidar:
         return [cell for cell in cells if cell.predicts < p.limit]
 
     def _propose(
-        self, step: Step, cells: list[Cell], hidden: Tensor, project: Project
+        self, step: TidarStep, cells: list[Cell], hidden: Tensor, project: Project
     ) -> list[Draft]:
         """The uncertain part of each sequence's next draft, from the rows of its chosen span."""
         if not cells:
             return [Draft(()) for _ in step.pending]
-        logits = project(_gather(hidden, cells))
-        choices = _choices(step, cells, logits)
+        logits = project(gather(hidden, cells))
+        chosen = choices(step.pending, cells, logits)
         drafts = []
         start = 0
         for index, p in enumerate(step.pending):
@@ -149,39 +149,5 @@ class Tidar:
                 probs = probabilities(logits[rows], p.params)
                 drafts.append(Draft(tuple(p.draw(row) for row in probs), 1, probs))
             else:
-                drafts.append(Draft(tuple(choices[rows])))
+                drafts.append(Draft(tuple(chosen[rows])))
         return drafts
-
-
-def _gather(hidden: Tensor, cells: Sequence[Cell]) -> Tensor:
-    """The hidden rows of `cells`, `[len(cells), hidden_size]`."""
-    if hidden.shape[0] == 1:
-        rows = [cell.row for cell in cells]
-        if rows[-1] - rows[0] == len(rows) - 1:
-            return hidden[0, rows[0] : rows[-1] + 1]
-        return hidden[0, rows]
-    sequences = torch.tensor([cell.sequence for cell in cells], device=hidden.device)
-    rows_index = torch.tensor([cell.row for cell in cells], device=hidden.device)
-    return hidden[sequences, rows_index]
-
-
-def _choices(step: Step, cells: Sequence[Cell], logits: Tensor) -> list[int]:
-    """The choice of each cell's sequence for the position it predicts, from logits `[len(cells), V]`."""
-    by_params: dict[SamplingParams, list[int]] = {}
-    for index, cell in enumerate(cells):
-        by_params.setdefault(step.pending[cell.sequence].params, []).append(index)
-    chosen = [0] * len(cells)
-    for indices in by_params.values():
-        params = step.pending[cells[indices[0]].sequence].params
-        positions = torch.tensor([cells[i].predicts for i in indices], device=logits.device)
-        rows = logits if len(indices) == len(cells) else logits[indices]
-        # With rejection sampling a choice is only ever an arg-max draft: its randomness is in the draws.
-        best = rows.argmax(dim=-1) if params.rejects else choose(rows, params, positions)
-        for i, token in zip(indices, best.tolist(), strict=True):
-            chosen[i] = token
-    for i, cell in enumerate(cells):
-        forced = step.pending[cell.sequence].forced
-        # Only verdicts are forced: rows of the draft, never the drafter's own rows.
-        if forced is not None and cell.row < step.tail.num_drafts:
-            chosen[i] = forced[cell.predicts] if cell.predicts < len(forced) else chosen[i]
-    return chosen

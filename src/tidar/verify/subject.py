@@ -82,7 +82,7 @@ class Subject:
     tolerance: float
     near_tie: float
     folder: Path | None = None
-    make_method: Callable[[int], Method] = Tidar
+    make_method: Callable[[int], Method[Any]] = Tidar
     expected: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
 
     @property
@@ -128,7 +128,7 @@ def make_subject(
     draft_lens: Sequence[int] = (),
     quick: bool = False,
     folder: Path | None = None,
-    make_method: Callable[[int], Method] = Tidar,
+    make_method: Callable[[int], Method[Any]] = Tidar,
 ) -> Subject:
     """A subject with schedules and seeds that fit the checkpoint; prompts are cut to fit."""
     longest = max(8, min(48, model.config.max_positions // 4))
@@ -191,7 +191,7 @@ class Scripted:
     A model that drafts badly accepts one token a step; this forces every accept count in turn.
     """
 
-    inner: Method
+    inner: Method[Any]
     text: Sequence[int]
     draft_len: int
     vocab: int
@@ -200,8 +200,15 @@ class Scripted:
     def __post_init__(self) -> None:
         self.counts = cycle(range(1, self.draft_len + 1))
 
+    def check(self, params: SamplingParams, *, forced: bool) -> None:
+        self.inner.check(params, forced=forced)
+
+    def release(self, request_id: int) -> None:
+        self.inner.release(request_id)
+
     def step(self, pending: Sequence[Pending], schedule: Schedule) -> Step:
-        return self.inner.step(pending, schedule)
+        step: Step = self.inner.step(pending, schedule)
+        return step
 
     def resolve(self, step: Step, hidden: Tensor, project: Project) -> list[Verdict]:
         return [

@@ -1,0 +1,204 @@
+"""Methods beside TiDAR and AR, by name: what tells them apart, and what they need to run.
+
+`speculative:PATH:K`, `block-diffusion:K:THRESHOLD[:full]`, `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They
+run in the plain engine, at the schedule of their size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from tidar.errors import TidarError
+from tidar.layout import Schedule
+from tidar.methods import Method
+from tidar.methods.block_diffusion import Attention, BlockDiffusion
+from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
+from tidar.methods.speculative import DraftModel, Speculative
+from tidar.model import Transformer
+from tidar.tokens import Tokenizer
+from tidar.weights import load_checkpoint
+
+FORMS = (
+    "speculative:PATH:K, block-diffusion:K:THRESHOLD such as block-diffusion:16:0.9 (:full where clean rows of a "
+    "span see each other), masked-diffusion:SPAN:STEPS such as masked-diffusion:32:16 (:ORDER and :shift as "
+    "in masked-diffusion:256:128:entropy:shift)"
+)
+"""How they are written, for messages."""
+
+
+@dataclass(slots=True)
+class Target:
+    """Mutable: the model that decodes, and the draft models loaded for it, each once.
+
+    tokenizer: the model's, where it has one; a draft model's must give the same tokens.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer | None = None
+    drafts: dict[str, Transformer] = field(default_factory=dict)
+
+    def draft_model(self, path: str) -> Transformer:
+        """A checkpoint with the model's vocabulary, on its device. Raises TidarError for any other."""
+        if path not in self.drafts:
+            weight = self.model.embed.weight
+            loaded = load_checkpoint(path, device=weight.device, dtype=weight.dtype)
+            known = any(
+                (loaded.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")
+            )
+            if known and self.tokenizer is not None:
+                check_same_tokens(self.tokenizer, Tokenizer.load(loaded.folder), path)
+            elif loaded.config.vocab_size != self.model.config.vocab_size:
+                raise TidarError(
+                    f"The draft model {path} has {loaded.config.vocab_size} tokens and the model "
+                    f"{self.model.config.vocab_size}; without both tokenizers these must be equal."
+                )
+            self.drafts[path] = loaded.model
+        return self.drafts[path]
+
+
+def check_same_tokens(target: Tokenizer, draft: Tokenizer, path: str) -> None:
+    """Raises TidarError unless ids that both tokenizers know mean the same."""
+    names = {number: token for token, number in target.vocab.items()}
+    for token, number in draft.vocab.items():
+        if names.get(number, token) != token:
+            raise TidarError(
+                f"The draft model {path} has another tokenizer: its token {number} is {token!r}, the "
+                f"model's is {names[number]!r}. Speculative decoding needs the same tokens in both."
+            )
+
+
+class Rival(Protocol):
+    """exact: its text is AR's (greedy and shared noise), or has its distribution (rejection sampling).
+
+    needs_mask: it reads mask rows. Both hold for all requests.
+    """
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def needs_mask(self) -> bool: ...
+
+    def method(self, target: Target, max_batch: int) -> Method[Any]:
+        """The method, for up to `max_batch` sequences at a time. Raises TidarError where it cannot run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeRival:
+    """`speculative:PATH:K`: the checkpoint at PATH drafts K tokens, one after the other."""
+
+    path: str
+    exact: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
+
+    def method(self, target: Target, max_batch: int) -> Speculative:
+        config = target.model.config
+        return Speculative(
+            DraftModel(target.draft_model(self.path), max_batch),
+            vocab_size=config.vocab_size,
+            mask_token_id=config.mask_token_id,
+        )
+
+
+def _mask_of(target: Target) -> int:
+    mask = target.model.config.mask_token_id
+    assert mask is not None  # whoever makes an engine has checked
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiffusionRival:
+    """`block-diffusion:K:THRESHOLD`, and `:full` for checkpoints trained so; see `BlockDiffusion`."""
+
+    threshold: float
+    attention: Attention
+    exact: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = True
+
+    def method(self, target: Target, max_batch: int) -> BlockDiffusion:
+        return BlockDiffusion(_mask_of(target), self.threshold, self.attention)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedDiffusionRival:
+    """`masked-diffusion:SPAN:STEPS`, then an order, then `shift`; see `MaskedDiffusion`."""
+
+    steps: int
+    order: Order
+    shift: bool
+    exact: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = True
+
+    def method(self, target: Target, max_batch: int) -> MaskedDiffusion:
+        return MaskedDiffusion(_mask_of(target), self.steps, self.order, self.shift)
+
+
+def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
+    """Name, schedule and method of one of these; None for what is none of them. Raises TidarError if it is wrong."""
+    name, *rest = text.strip().split(":")
+    parsers = {
+        "speculative": _parse_speculative,
+        "block-diffusion": _parse_block_diffusion,
+        "masked-diffusion": _parse_masked_diffusion,
+    }
+    return parsers[name](text, rest) if name in parsers else None
+
+
+def is_exact(method: str | None) -> bool:
+    """Whether a method of this name writes AR's text; a name that is not known counts as TiDAR's."""
+    found = parse_rival(method) if method else None
+    return found is None or found[2].exact
+
+
+def _number(text: str, of: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise TidarError(f"method {of!r}: {text!r} is not a whole number of at least {least}.")
+    return int(text)
+
+
+def _parse_speculative(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    path = ":".join(rest[:-1])
+    if not path:
+        raise TidarError(
+            f"method {text!r} is not understood: give speculative:PATH:K, the draft model's folder or hub "
+            "id and how many tokens it drafts, such as speculative:path/to/small:4."
+        )
+    count = _number(rest[-1], text)
+    # One row more than it drafts: the certain token's.
+    return f"speculative:{path}:{count}", Schedule(count + 1, ()), SpeculativeRival(path)
+
+
+def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    attention: Attention = "full" if rest[2:] == ["full"] else "causal"
+    if len(rest) < 2 or rest[2:] not in ([], ["full"], ["causal"]):
+        raise TidarError(
+            f"method {text!r} is not understood: give block-diffusion:K:THRESHOLD, such as "
+            "block-diffusion:16:0.9, and :full for a checkpoint whose clean rows see their whole span."
+        )
+    try:
+        threshold = float(rest[1])
+    except ValueError:
+        threshold = -1.0
+    if not 0.0 <= threshold <= 1.0:
+        raise TidarError(f"method {text!r}: {rest[1]!r} is not a confidence from 0 to 1.")
+    size = _number(rest[0], text)
+    name = f"block-diffusion:{size}:{threshold:g}" + (":full" if attention == "full" else "")
+    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, attention)
+
+
+def _parse_masked_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    shift = rest[2:] != [] and rest[-1] == "shift"
+    order = rest[2 : len(rest) - shift] or ["low-confidence"]
+    known = [each for each in ORDERS if [each] == order]
+    if len(rest) < 2 or not known:
+        raise TidarError(
+            f"method {text!r} is not understood: give masked-diffusion:SPAN:STEPS, such as "
+            f"masked-diffusion:32:16, then an order ({', '.join(ORDERS)}) if not the first, then shift if the "
+            "row before a position predicts it."
+        )
+    size, steps = _number(rest[0], text), _number(rest[1], text)
+    if steps > size:
+        raise TidarError(f"method {text!r}: {steps} passes over a span of {size} are too many.")
+    named = "" if known[0] == ORDERS[0] else f":{known[0]}"
+    name = f"masked-diffusion:{size}:{steps}{named}" + (":shift" if shift else "")
+    return name, Schedule(size, (1,)), MaskedDiffusionRival(steps, known[0], shift)
