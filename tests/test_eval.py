@@ -290,6 +290,7 @@ def test_record(ran: Ran, files: Path) -> None:
                 rate = figures["generation"]["tokens_per_forward"]
                 # The bundled model may end a HumanEval answer with its first token: there is no step then.
                 assert rate is None or (rate == 1.0) == (method == "ar")
+                assert rate is None or 0.0 < figures["generation"]["distinct_4"] <= 1.0
             else:
                 assert figures["generation"] is None
                 assert figures["likelihood"]["forwards"] == 1
@@ -332,7 +333,7 @@ def test_tables_and_defaults(files: Path) -> None:
                   "--max-gen-toks", 8, "--shots", 2, "--limit", 1).out  # fmt: skip
     flat = " ".join(shown.split())
     assert "gsm8k_local · 1 examples, 2 shots · up to 8 new tokens" in flat
-    for word in ("tidar:plan", "exact_match", "strict-match", "T/NFE", "tok/s"):
+    for word in ("tidar:plan", "exact_match", "strict-match", "T/NFE", "distinct-4"):
         assert word in shown
     plain = tidar("eval", "--tasks", "text_local", "--data", f"text_local={files / 'text.jsonl'}",
                   "--device", "cpu").out  # fmt: skip

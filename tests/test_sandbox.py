@@ -9,6 +9,7 @@ import pytest
 
 from tidar.errors import TidarError
 from tidar.evaluation import jail
+from tidar.evaluation import sandbox as sandbox_module
 from tidar.evaluation.code_metric import CodeEval, pass_at_k, sandboxed, score_program
 from tidar.evaluation.sandbox import REQUIRED, Limits, Outcome, Sandbox
 
@@ -58,6 +59,16 @@ def test_ordinary_programs(sandbox: Sandbox) -> None:
     assert sandbox.run("import os\nprint(os.environ.get('HF_TOKEN'), input())").verdict == "failed"
 
 
+FORGED = """
+import os
+for pipe in range(3, 20):
+    try: os.write(pipe, {lines!r}.encode())
+    except OSError: pass
+os._exit(0)
+"""
+"""Writes reports of its own into the pipe of the jail's."""
+
+
 @pytest.mark.parametrize(
     ("program", "detail"),
     [
@@ -65,8 +76,8 @@ def test_ordinary_programs(sandbox: Sandbox) -> None:
         ("import os; os._exit(0)", "exit code 0"),
         ("import os; os.abort()", "SIGABRT"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{\"token\": \"\"}\\n')\n"
-         "    except OSError: pass\nos._exit(0)", "exit code 0"),
+        (FORGED.replace('{lines!r}', repr('{"error": 5}\n{"token": ""}\n[1]\n}{')), "exit code 0"),
+        (FORGED.replace('{lines!r}', repr('{"error": 5}\n')), "5"),
     ],
 )  # fmt: skip
 def test_leaving_early_is_not_passing(sandbox: Sandbox, program: str, detail: str) -> None:
@@ -228,7 +239,7 @@ def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_jail_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jail, "__file__", "/nonexistent/jail.py")
+    monkeypatch.setattr(sandbox_module, "JAIL", Path("/nonexistent/jail.py"))
     with pytest.raises(TidarError, match="cannot be run on this system"):
         Sandbox()
 

@@ -177,10 +177,11 @@ def run(model: "LanguageModel", asked: "Asked") -> "Results":
     from rich.console import Console
     from rich.progress import Progress
 
+    from tidar.bench.repetition import mean_distinct
     from tidar.evaluation.run import run_tasks
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        return run_tasks(model, asked, Bar(progress))
+        return run_tasks(model, asked, Bar(progress), mean_distinct)
 
 
 def make(

@@ -23,7 +23,7 @@ def show_record(record: dict[str, Any], console: "Console") -> None:
         table = Table()
         for label in ("method", "metric"):
             table.add_column(label, overflow="fold")
-        for label in ("score", "T/NFE", "tok/s", "not AR's"):
+        for label in ("score", "T/NFE", "distinct-4", "tok/s", "not AR's"):
             table.add_column(label, justify="right", no_wrap=True)
         for row in task_rows(name, task):
             table.add_row(*row)
@@ -31,8 +31,9 @@ def show_record(record: dict[str, Any], console: "Console") -> None:
         for line in cut_prompts(task):
             console.print(line)
     console.print(
-        "T/NFE: tokens of decode steps per step; tok/s: end to end, prompts included; both of generated texts alone. "
-        "Likelihoods are the causal model's. ±: standard error. Not AR's: texts with other tokens than AR's.",
+        "T/NFE: tokens of decode steps per step, easily high where distinct-4 (at most 1) is low, loops are easy to "
+        "draft; tok/s: end to end, prompts included; all of generated texts alone. Likelihoods are the causal model's. "
+        "±: standard error. Not AR's: texts with other tokens than AR's.",
         style="dim",
     )
     for line in protection(record["sandbox"]):
@@ -55,6 +56,7 @@ def task_rows(name: str, task: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         differ = figures.get("texts_other_than_ar")
         first, beside = method, (
             number(cost.get("tokens_per_forward")),
+            number(cost.get("distinct_4")),
             number(cost.get("tokens_per_second"), 0),
             "-" if differ is None else f"{differ} of {cost['requests']}",
         )  # fmt: skip
@@ -64,7 +66,7 @@ def task_rows(name: str, task: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 if score["task"] != name:
                     metric = f"{score['task']}: {metric}"
                 yield first, metric, _score(score), *beside
-                first, beside = "", ("", "", "")
+                first, beside = "", ("", "", "", "")
 
 
 def _score(score: dict[str, Any]) -> str:

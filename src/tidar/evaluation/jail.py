@@ -234,6 +234,7 @@ def lock(folder: str) -> dict[str, str]:
         why = f"only known for Linux on {' and '.join(ARCHITECTURES)}"
         return dict.fromkeys(("files", "network", "processes"), why)
     missing = {}
+    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlives who waits for it
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS: asked for by both mechanisms
     nothing = ctypes.create_string_buffer(struct.pack("=6I", *[0] * 6), 24)
     version3 = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)

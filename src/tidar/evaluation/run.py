@@ -4,7 +4,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +75,18 @@ class Results:
     interrupted: bool = False
 
 
-def run_tasks(model: LanguageModel, asked: Asked, progress: Progress | None = None) -> Results:
-    """Runs all tasks. Raises TidarError for impossible ones, before the first is run as far as that can be told."""
+Repetition = Callable[[Sequence[Sequence[int]]], float | None]
+"""How repetitive texts are, from their tokens: loops are easy to draft, so T/NFE is never shown without it."""
+
+
+def run_tasks(
+    model: LanguageModel,
+    asked: Asked,
+    progress: Progress | None = None,
+    repetition: Repetition = lambda texts: None,
+) -> Results:
+    """Runs all tasks. repetition: measures the generated texts, as `distinct_4` of the figures. Raises
+    TidarError for impossible tasks, before the first is run as far as that can be told."""
     if not asked.tasks:
         raise TidarError("No task was named.")
     files = find_files(asked.tasks, asked.data)
@@ -98,7 +108,7 @@ def run_tasks(model: LanguageModel, asked: Asked, progress: Progress | None = No
                 stack.enter_context(sandboxed(sandbox))
                 results.sandbox = sandbox.to_json()
             for name in asked.tasks:
-                _run_task(name, asked, manager, files.get(name), runners, results)
+                _run_task(name, asked, manager, files.get(name), runners, results, repetition)
     except KeyboardInterrupt:
         results.interrupted = True
     return results
@@ -140,6 +150,7 @@ def _run_task(
     files: Files | None,
     runners: dict[str, TidarLM],
     results: Results,
+    repetition: Repetition,
 ) -> None:
     """One task by each method; by one alone if nothing is generated, for a likelihood knows no methods."""
     wanted = asked.preset(name)
@@ -155,7 +166,7 @@ def _run_task(
         label = method if generates else "likelihood"
         told[label] = {
             "scores": _scores(found),
-            "generation": lm.generated.to_json() if lm.generated.requests else None,
+            "generation": _cost(lm, repetition),
             "likelihood": lm.scored.to_json() if lm.scored.requests else None,
             "seconds": time.perf_counter() - began,
         }
@@ -180,6 +191,13 @@ def _run_task(
         "headline": [name] if name in found["results"] else list(top or found["results"]),
         "methods": told,
     }
+
+
+def _cost(lm: TidarLM, repetition: Repetition) -> dict[str, Any] | None:
+    """What generation took, and how repetitive its texts are; None where nothing was generated."""
+    if not lm.generated.requests:
+        return None
+    return {**lm.generated.to_json(), "distinct_4": repetition([text.ids for text in lm.texts])}
 
 
 def _load(name: str, manager: TaskManager | None, files: Files | None) -> dict[str, Any]:

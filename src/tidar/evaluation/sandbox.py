@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tidar.errors import TidarError
-from tidar.evaluation import jail
 
 Verdict = Literal["passed", "failed", "cpu", "wall", "memory", "output", "files"]
 """How a program ended: all of it ran; an error or an early end; or the limit that stopped it."""
 
 REQUIRED = ("files", "network", "processes")
 """Protections without which nothing is run, unless the caller says that it may be."""
+
+JAIL = Path(__file__).with_name("jail.py")
+"""Run, never imported: on systems that it is not for, everything but the sandbox still works."""
 
 _POLL = 0.05  # seconds between looks at the folder's size
 
@@ -128,8 +130,8 @@ class Sandbox:
                 watch = _Watch(process, status, Path(folder), self.limits)
                 stopped = watch.until_end(json.dumps(order).encode(), began)
             seconds = time.monotonic() - began
-            lines = [json.loads(line) for line in watch.status.splitlines()]
-            missing = lines[0]["missing"] if lines else None
+            lines = [_object(line) for line in watch.status.splitlines()]
+            missing = lines[0].get("missing") if lines else None
             verdict, detail = _judge(stopped, lines[1:], process.returncode, str(order["token"]))
             output = watch.output.decode("utf-8", "replace")
             return Outcome(verdict, detail, output, seconds), missing
@@ -146,7 +148,7 @@ def _started(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]
     with open(read, "rb", buffering=0) as status:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-B", jail.__file__, str(write)],
+                [sys.executable, "-s", "-P", "-B", str(JAIL), str(write)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -256,8 +258,17 @@ def _used(folder: Path) -> tuple[int, int]:
     return count, size
 
 
+def _object(line: bytes) -> dict[str, Any]:
+    """A line of the reports; nothing for one that is no JSON object: programs can write there too."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _judge(
-    stopped: tuple[Verdict, str] | None, lines: list[dict[str, str]], code: int, token: str
+    stopped: tuple[Verdict, str] | None, lines: list[dict[str, Any]], code: int, token: str
 ) -> tuple[Verdict, str]:
     """What the reports and the exit code mean."""
     if stopped is not None:
@@ -266,7 +277,7 @@ def _judge(
     if told.get("token") == token:
         return "passed", ""
     if "error" in told:
-        detail = ": ".join(filter(None, (told["error"], told["text"])))
+        detail = ": ".join(filter(None, (str(told["error"]), str(told.get("text", "")))))
         return ("memory" if told["error"] == "MemoryError" else "failed"), detail
     if code == -signal.SIGXCPU:
         return "cpu", "its processor time was used up"
