@@ -24,7 +24,7 @@ FIXED = ("--draft-len", 8, "--span-set", "dense", "-n", 24)
 """A schedule that needs no measuring."""
 
 COMMANDS = (
-    "generate", "demo", "train", "train-tokenizer", "inspect", "verify", "bench", "profile",
+    "generate", "demo", "train", "train-tokenizer", "inspect", "verify", "bench", "eval", "profile",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ CHEAP: dict[str, tuple[str, ...]] = {
     "verify": ("--quick",),
     "bench": ("--runs", "1", "--limit", "1", "--max-new-tokens", "8", "--batch", "1",
               "--device", "cpu"),
+    "eval": ("--limit", "1", "--max-gen-toks", "8", "--device", "cpu", "--methods", "ar,tidar:4:1"),
     "profile": ("--device", "cpu", "--context", "8", "--repeats", "1", "--batch", "1",
                 "--methods", "tidar:4:1"),
     "train": ("--max-steps", "2", "--seq-len", "64", "--per-device-train-batch-size", "2",

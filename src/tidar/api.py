@@ -307,7 +307,7 @@ class LanguageModel:
         """Decodes one prompt to its end; the options are those of `stream`."""
         return _collect(self.stream(prompt, **options))  # type: ignore[arg-type]
 
-    def generate_batch(
+    def stream_batch(
         self,
         prompts: Sequence[Prompt],
         *,
@@ -317,27 +317,41 @@ class LanguageModel:
         beta: float = 1.0,
         engine: EngineName = "auto",
         max_batch: int = 8,
+        seeds: Sequence[int] | None = None,
         **options: object,
-    ) -> list[Output]:
-        """Decodes several prompts, up to `max_batch` at a time; the tokens are those of `generate`."""
-        made = [self.request(prompt, **options) for prompt in prompts]  # type: ignore[arg-type]
+    ) -> Iterator[tuple[int, StreamEvent]]:
+        """Decodes several prompts, up to `max_batch` at a time; yields (which prompt, event) as they come.
+
+        seeds: one for each prompt, instead of `seed` for all. The other options are those of `stream`, and each
+        prompt's events are those that `stream` yields for it alone. Raises TidarError for bad values.
+        """
+        each = [{"seed": seed} for seed in seeds] if seeds is not None else [{}] * len(prompts)
+        made = [
+            self.request(prompt, **{**options, **own})  # type: ignore[arg-type]
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
         how, size = self.method(beta), min(max_batch, max(len(prompts), 1))
         repeatable = beta != 1.0 or any(request.params.rejects for request, _ in made)
-        events: list[list[StreamEvent]] = [[] for _ in prompts]
         rival = self.rival(method, draft_len=draft_len, span_set=span_set, beta=beta, engine=engine)
         if rival is None and self.pick_engine(engine) == "paged":
             spec = self.plan_spec(method, draft_len, span_set, repeatable=repeatable)
             jobs = [Job(r, partial(_stream_event, text=text), beta) for r, text in made]
-            for index, shown in self.shared.run(jobs, spec, max_running=size):
-                events[index].append(shown)
+            return self.shared.run(jobs, spec, max_running=size)
+        if rival is not None:
+            plain = rival.engine(self.network, max_batch=max_batch, target=self.target)
         else:
-            if rival is not None:
-                plain = rival.engine(self.network, max_batch=max_batch, target=self.target)
-            else:
-                plan = self.plan(method, draft_len, span_set, batch=size, repeatable=repeatable)
-                plain = Engine(self.network, how, plan, max_batch=max_batch)
-            for event in plain.run(request for request, _ in made):
-                events[event.request_id].append(_stream_event(event, made[event.request_id][1]))
+            plan = self.plan(method, draft_len, span_set, batch=size, repeatable=repeatable)
+            plain = Engine(self.network, how, plan, max_batch=max_batch)
+        return (
+            (event.request_id, _stream_event(event, made[event.request_id][1]))
+            for event in plain.run(request for request, _ in made)
+        )
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: object) -> list[Output]:
+        """Decodes several prompts to their ends; the options are those of `stream_batch`, the tokens `generate`'s."""
+        events: list[list[StreamEvent]] = [[] for _ in prompts]
+        for index, event in self.stream_batch(prompts, **options):  # type: ignore[arg-type]
+            events[index].append(event)
         return [_collect(iter(each)) for each in events]
 
 

@@ -42,6 +42,11 @@ class Tokenizer:
                    backend.unk_token_id)  # fmt: skip
         self.special_ids = frozenset(i for i in special if i is not None) | self.eos_ids
 
+    @property
+    def backend(self) -> Any:
+        """The tokenizer of `transformers` itself, for programs that want one."""
+        return self._backend
+
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Open the tokenizer in `folder`; code that comes with a checkpoint is never run.
@@ -83,6 +88,32 @@ class Tokenizer:
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         )
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
+        """A conversation as text by the checkpoint's chat template.
+
+        Args:
+            messages: each with `role` and `content`.
+            answer: ends with what begins an answer; else the last message is left open, to be continued.
+
+        Raises:
+            TidarError: the tokenizer has no chat template, or one that cannot render these messages.
+        """
+        if not self._backend.chat_template:
+            raise TidarError("this tokenizer has no chat template; give a plain prompt instead")
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(
+                self._backend.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=answer,
+                    continue_final_message=not answer,
+                )
+            )
+        except TemplateError as error:
+            raise TidarError(f"the chat template refuses these messages: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens, spaces left exactly as the tokens have them."""

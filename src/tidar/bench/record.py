@@ -15,7 +15,8 @@ import torch
 from tidar.errors import TidarError
 
 FORMAT_VERSION = 1
-PACKAGES = ("tidar", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("tidar", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy",
+            "lm_eval")  # fmt: skip
 
 
 COMMIT_VARIABLE = "TIDAR_COMMIT"

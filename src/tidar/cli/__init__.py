@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from tidar.cli import bench, demo, generate, inspect, profile, train, verify
+from tidar.cli import bench, demo, eval, generate, inspect, profile, train, verify
 from tidar.errors import TidarError
 
 P = ParamSpec("P")
@@ -58,6 +58,7 @@ for _name, _command in (
     ("inspect", inspect.inspect),
     ("verify", verify.verify),
     ("bench", bench.bench),
+    ("eval", eval.evaluate),
     ("profile", profile.profile),
 ):
     app.command(_name)(_explained(_command))
