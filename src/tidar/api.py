@@ -25,7 +25,7 @@ from tidar.errors import TidarError
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
-from tidar.tokens import StopMatcher, Tokenizer
+from tidar.tokens import TextOf, Tokenizer
 from tidar.weights import Checkpoint, load_checkpoint
 
 MethodName = str
@@ -68,29 +68,6 @@ class StreamEvent:
     seconds: float
     finish: FinishReason | None
     draft_forwards: int = 0
-
-
-class _TextOf:
-    """Mutable: the text of one request as its tokens come, cut at a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._stream = tokenizer.stream(prompt)
-        self._stops = StopMatcher(stop)
-        self._ready = ""
-
-    def push(self, token: int) -> bool:
-        """Takes a token; True when it completes a stop string."""
-        text, stopped = self._stops.push(self._stream.push(token))
-        self._ready += text
-        return stopped
-
-    def take(self, *, last: bool) -> str:
-        """Text that is certain now and was not taken before; all of it once the text has ended."""
-        if last and self._stops.matched is None:
-            text, stopped = self._stops.push(self._stream.flush())
-            self._ready += text if stopped else text + self._stops.flush()
-        text, self._ready = self._ready, ""
-        return text
 
 
 class LanguageModel:
@@ -232,10 +209,10 @@ class LanguageModel:
         sampling: Literal["shared-noise", "rejection"] = "shared-noise",
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
-    ) -> tuple[Request, _TextOf]:
+    ) -> tuple[Request, TextOf]:
         """The engine's form of a request and the text that follows its tokens; TidarError if it cannot run."""
         ids = self.encode(prompt)
-        text = _TextOf(self.tokenizer, ids, stop)
+        text = TextOf(self.tokenizer, ids, stop)
         params = SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sampling=sampling
         )
@@ -364,7 +341,7 @@ def _second(pairs: Iterator[tuple[int, StreamEvent]]) -> Iterator[StreamEvent]:
         pairs.close()  # type: ignore[attr-defined]
 
 
-def _stream_event(event: StepEvent, text: _TextOf) -> StreamEvent:
+def _stream_event(event: StepEvent, text: TextOf) -> StreamEvent:
     return StreamEvent(
         text.take(last=event.finish is not None),
         event.ids,

@@ -256,3 +256,26 @@ def check_prompt(ids: Sequence[int], *, vocab_size: int, mask_token_id: int | No
                 f"prompt token {index} is the mask token ({token}), which stands for a token to be "
                 "drafted and has no meaning in a prompt; take it out"
             )
+
+
+class TextOf:
+    """Mutable: the text of one request as its tokens come, cut at a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._stream = tokenizer.stream(prompt)
+        self._stops = StopMatcher(stop)
+        self._ready = ""
+
+    def push(self, token: int) -> bool:
+        """Takes a token; True when it completes a stop string."""
+        text, stopped = self._stops.push(self._stream.push(token))
+        self._ready += text
+        return stopped
+
+    def take(self, *, last: bool) -> str:
+        """Text that is certain now and was not taken before; all of it once the text has ended."""
+        if last and self._stops.matched is None:
+            text, stopped = self._stops.push(self._stream.flush())
+            self._ready += text if stopped else text + self._stops.flush()
+        text, self._ready = self._ready, ""
+        return text
