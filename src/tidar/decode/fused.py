@@ -1,8 +1,8 @@
 """The network of a decode step in fused kernels, for a GPU; the weights are the model's own tensors.
 
-Three ways through a layer, by the number of rows. One or two: five launches, all of them weight reads at
-the speed of the memory. Up to 128: products by matrix units whose parts the next launch adds up, seven or
-eight launches. More, or weights that those kernels do not take: cuBLAS and small kernels between. The
+Three ways through a layer, by the number of rows. One or two: products at the speed of the memory, with
+norms, biases, activation and residual inside. Up to 128: products by matrix units whose parts the next
+launch adds up. More, or weights that those kernels do not take: cuBLAS and small kernels between. The
 kernels are launched so that each starts while the one before it ends (programmatic dependent launch),
 where the GPU can do that.
 """
@@ -68,7 +68,7 @@ class FusedBackend:
         head = model.head_weight
         self.small_head = head.numel() <= SMALL_HEAD and parts.aligned(head)
         self._choosing: dict[int, ChooseWorkspace] = {}
-        self._normed = False
+        self._normed = False  # whether what `forward` last returned has the final norm
 
     def forward(self, ids: Tensor, positions: Tensor, rows: PagedRows) -> Tensor:
         """Hidden states `[B, W, hidden_size]`; of one or two rows without the final norm, which `logits` adds."""

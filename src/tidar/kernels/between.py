@@ -51,6 +51,22 @@ def gated(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
 
 
 @triton.jit
+def _store_normed(
+    values: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    column: tl.tensor,
+    real: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
+    """RMSNorm of a row, float32 `[TILE]` with zeros where not `real`, to the row at `out`."""
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    result = values * scale * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + column, result.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def _norm_kernel(
     x: tl.tensor,
     weight: tl.tensor,
@@ -68,9 +84,7 @@ def _norm_kernel(
     column = tl.arange(0, TILE)
     real = column < SIZE
     values = tl.load(x + row * SIZE + column, mask=real, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-    result = values * scale * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + column, result.to(out.dtype.element_ty), mask=real)
+    _store_normed(values, weight, out + row * SIZE, column, real, eps, SIZE)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
@@ -122,9 +136,7 @@ def _add_kernel(
     kept = total.to(stream.dtype.element_ty)
     tl.store(at, kept, mask=real)
     values = kept.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-    scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
+    _store_normed(values, norm_weight, out + row * SIZE, column, real, eps, SIZE)
 
 
 def add_parts(
@@ -183,9 +195,7 @@ def _embed_kernel(
     tl.store(stream + row * SIZE + column, entry, mask=real)
     if norm_weight is not None:
         values = entry.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-        scaled = values * scale * tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + row * SIZE + column, scaled.to(out.dtype.element_ty), mask=real)
+        _store_normed(values, norm_weight, out + row * SIZE, column, real, eps, SIZE)
 
 
 def embed_rows(
