@@ -102,12 +102,20 @@ def product_cuts(rows: int, n: int, k: int, gated: bool) -> Iterator[PartsConfig
     """The default, then what is worth trying."""
     first = default_config(rows, n, k, gated, itemsize=DTYPE.itemsize)
     yield first
-    for tile_n, tile_k, stages, warps in product((32, 64, 128), (64, 128), (2, 3, 4, 5), (4, 8)):
+    row_tiles = {first.row_tile, 32, 128}
+    for tile_n, tile_k, stages, warps, row_tile in product(
+        (32, 64, 128), (64, 128), (2, 3, 4, 5), (4, 8), row_tiles
+    ):
         for splits in {1} if gated else {first.splits, 2 * first.splits, -(-first.splits // 2)}:
             steps = -(-k // tile_k)
             splits = -(-steps // -(-steps // min(splits, steps)))
             yield PartsConfig(
-                tile_n=tile_n, tile_k=tile_k, splits=splits, num_stages=stages, num_warps=warps
+                tile_n=tile_n,
+                tile_k=tile_k,
+                splits=splits,
+                row_tile=row_tile,
+                num_stages=stages,
+                num_warps=warps,
             )
 
 
@@ -139,15 +147,20 @@ def attention_cuts(rows: int, config: ModelConfig) -> Iterator[tuple[LaunchConfi
     first = launch_config(rows, group, config.head_dim, DTYPE.itemsize, longest=longest)
 
     def splits_of(cut: LaunchConfig) -> int:
-        tiles = cut.lane_tiles(rows, group)
-        return default_splits(1, config.num_kv_heads, tiles, sms, longest=longest)
+        return default_splits(1, config.num_kv_heads, rows, group, cut, sms, longest=longest)
 
     yield first, max(2, splits_of(first))
     tiles = (16, 64) if rows * group <= 64 else (64, 128)
     for tile_m, tile_n, stages, share in product(tiles, (32, 64), (2, 3, 5), (1, 2, 4)):
         warps = 8 if tile_m == 128 else 4
         cut = replace(
-            first, tile_m=tile_m, tile_n=tile_n, num_warps=warps, num_stages=stages, min_share=share
+            first,
+            tile_m=tile_m,
+            tile_n=tile_n,
+            num_warps=warps,
+            num_stages=stages,
+            min_share=share,
+            per_sm=1,
         )
         for splits in {splits_of(cut), splits_of(cut) // 2, 2 * splits_of(cut)}:
             yield cut, min(MAX_SPLITS, max(2, splits))

@@ -255,17 +255,21 @@ def test_launch_defaults(rows: int, head_dim: int) -> None:
             assert tiles * config.tile_m >= rows * group > (tiles - 1) * config.tile_m
             assert config.tile_m <= MOST_LANES
             for batch, heads in ((1, 2), (3, 8)):
-                splits = default_splits(batch, heads, tiles, 132, longest=longest)
+                splits = default_splits(batch, heads, rows, group, config, 132, longest=longest)
                 # One workspace of as many programs as multiprocessors serves every split launch.
-                assert splits == 1 or batch * heads * tiles * splits <= 132
+                lanes = batch * heads * tiles * splits * config.tile_m
+                assert splits == 1 or lanes <= 132 * MOST_LANES
 
 
-def test_default_splits_fill_the_device_once() -> None:
-    assert default_splits(1, 2, 1, 132) == MAX_SPLITS
-    assert default_splits(1, 8, 1, 132) == 16
-    assert default_splits(1, 8, 1, 132, longest=SHORT_CONTEXT) == SHORT_SPLITS
-    assert default_splits(1, 2, 11, 132) == 6
-    assert default_splits(64, 8, 1, 132) == 1
+def test_default_splits_fill_the_device() -> None:
+    vector = launch_config(1, 6, 128)
+    assert default_splits(1, 2, 1, 6, vector, 132) == MAX_SPLITS
+    assert default_splits(1, 8, 1, 6, vector, 132) == 16
+    assert default_splits(1, 8, 1, 6, vector, 132, longest=SHORT_CONTEXT) == SHORT_SPLITS
+    wide = launch_config(80, 6, 128)
+    assert (wide.per_sm, wide.lane_tiles(80, 6)) == (2, 8)
+    assert default_splits(1, 2, 80, 6, wide, 132) == 2 * 132 // 16
+    assert default_splits(64, 8, 80, 6, wide, 132) == 1
 
 
 def test_wrong_shapes_are_refused(kernel: ModuleType) -> None:

@@ -54,8 +54,10 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 72, 80, 96, 112, ROW_TILE])
-def test_row_tiles_hold_all_rows_and_waste_less_than_half(rows: int) -> None:
-    head, rest = row_tiles(rows)
+@pytest.mark.parametrize("row_tile", [32, ROW_TILE])
+def test_row_tiles_hold_all_rows_and_waste_less_than_half(rows: int, row_tile: int) -> None:
+    head, rest = row_tiles(rows, row_tile)
+    rows = min(rows, row_tile)
     for tile in (head, rest):
         assert tile == 0 or tile & (tile - 1) == 0
     assert head >= max(16, rest)
@@ -66,9 +68,10 @@ def test_row_tiles_hold_all_rows_and_waste_less_than_half(rows: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 5, 40, 72, 130])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_parts_add_up_to_the_product(device: str, rows: int, splits: int) -> None:
+@pytest.mark.parametrize("row_tile", [16, ROW_TILE])
+def test_parts_add_up_to_the_product(device: str, rows: int, splits: int, row_tile: int) -> None:
     x, weight = draw(device, rows, 104), draw(device, 76, 104)
-    parts = linear_parts(x, weight, config=replace(SMALL, splits=splits))
+    parts = linear_parts(x, weight, config=replace(SMALL, splits=splits, row_tile=row_tile))
     assert parts.shape == (splits, rows, 76)
     check(parts.sum(0), x.double() @ weight.double().T)
     # Each part is the product over its own columns: 2 of the 4 tiles of columns, and nothing twice.
@@ -82,12 +85,14 @@ def test_parts_add_up_to_the_product(device: str, rows: int, splits: int) -> Non
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [3, 40, 130])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gated_equals_plain_arithmetic(device: str, rows: int, biased: bool) -> None:
+@pytest.mark.parametrize("row_tile", [16, ROW_TILE])
+def test_gated_equals_plain_arithmetic(device: str, rows: int, biased: bool, row_tile: int) -> None:
     x, weight = draw(device, rows, 104), draw(device, 2 * 76, 104, scale=0.1)
     bias = draw(device, 2 * 76) if biased else None
     sums = x.double() @ weight.double().T
     gate, up = (sums if bias is None else sums + bias.double()).chunk(2, dim=1)
-    check(gated_linear(x, weight, bias, config=SMALL), silu(gate) * up)
+    config = replace(SMALL, row_tile=row_tile)
+    check(gated_linear(x, weight, bias, config=config), silu(gate) * up)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -131,7 +136,11 @@ def test_default_cuts(shape: tuple[int, int], rows: int, gated: bool) -> None:
         assert config.splits * -(-steps // config.splits) - steps < -(-steps // config.splits)
         tiles = -(-shape[0] // config.tile_n)
         assert config.splits == 1 or config.splits * tiles <= 132
-        stage = (config.tile_n * (1 + gated) + sum(row_tiles(rows))) * config.tile_k * itemsize
+        stage = (
+            (config.tile_n * (1 + gated) + sum(row_tiles(rows, config.row_tile)))
+            * config.tile_k
+            * itemsize
+        )
         assert config.num_stages * stage <= SHARED_MEMORY
 
 

@@ -106,7 +106,7 @@ class FusedAttention:
     def _splits(self, batch: int, width: int, cut: LaunchConfig) -> int:
         """Programs that share the keys of a tile; one captured graph serves all contexts."""
         config = self.config
-        tiles = cut.lane_tiles(width, config.num_heads // config.num_kv_heads)
+        group = config.num_heads // config.num_kv_heads
         return default_splits(
-            batch, config.num_kv_heads, tiles, self.sms, longest=config.max_positions
+            batch, config.num_kv_heads, width, group, cut, self.sms, longest=config.max_positions
         )

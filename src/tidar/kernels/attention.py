@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.ahead import ask_vectors_ahead
 from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
 from tidar.kernels.attention_sum import sum_parts
 from tidar.kernels.attention_tiles import load_vectors, share_of, store_vectors
@@ -129,8 +130,6 @@ def _attention_kernel(
 
     parts: None where there is one split, which writes `out`.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     program, split = tl.program_id(0), tl.program_id(1)
     lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
     batch = program // (KV_HEADS * lane_tiles)
@@ -138,14 +137,11 @@ def _attention_kernel(
     lanes = (program % lane_tiles) * TILE_M + tl.arange(0, TILE_M)
     row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
     real = row < rows
-    # What does not hang on the prefix length is asked for first, to come while that is under way.
-    queries = load_vectors(
-        q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D
-    )
+    # What the whole step shares stands since its beginning: it need not wait for the kernel before.
+    length = tl.load(prefix_lens + batch)
     tail += batch * tail_batch
     own_span = tl.load(tail + rows + row, mask=real, other=-1)
     own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
-    length = tl.load(prefix_lens + batch)
 
     # All keys of the sequence as one row of tiles: whole ones of the prefix, a broken one, the tail's.
     whole_tiles = length // TILE_N
@@ -156,11 +152,21 @@ def _attention_kernel(
     first = split * share
     last = tl.minimum(first + share, prefix_tiles + tl.cdiv(rows, TILE_N))
 
-    k += batch * k_batch + head * k_head
-    v += batch * k_batch + head * k_head
     key_pages += head * pages_head
     value_pages += head * pages_head
     table = page_table + batch * table_batch
+    if PDL:
+        if first < prefix_tiles:
+            start = first * TILE_N
+            ahead = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+            ask_vectors_ahead(key_pages + ahead, HEAD_DIM)
+            ask_vectors_ahead(value_pages + ahead, HEAD_DIM)
+        tl.extra.cuda.gdc_wait()
+    queries = load_vectors(
+        q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D
+    )
+    k += batch * k_batch + head * k_head
+    v += batch * k_batch + head * k_head
     within = tl.arange(0, TILE_N)
 
     result = tl.zeros([TILE_M, TILE_D], tl.float32)

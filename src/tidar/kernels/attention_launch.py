@@ -22,6 +22,8 @@ class LaunchConfig:
     tile_m: lanes (rows x query heads per key head) of a program, 16 to 128. tile_n: keys per tile,
     at least 16. num_stages: tiles of page numbers and of keys in flight each take half of it, so 2 n + 1
     keeps n tiles of keys and values in flight. min_share: the fewest tiles of keys that make a split.
+    per_sm: programs that a multiprocessor may be given where keys are split; times tile_m at most 128, what
+    a workspace has room for.
     """
 
     tile_m: int
@@ -29,6 +31,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     min_share: int
+    per_sm: int = 1
 
     def lane_tiles(self, rows: int, group: int) -> int:
         """Tiles of lanes per sequence and key head."""
@@ -48,33 +51,41 @@ def launch_config(
         return LaunchConfig(tile_m=16, tile_n=32, num_warps=4, num_stages=3, min_share=2)
     wide = head_dim > 128
     tile_m = 128 if lanes > 1024 and not wide else 16 if lanes <= 16 else 64
-    if longest <= SHORT_CONTEXT:  # few tiles each: what counts is how soon the first one is there
-        return LaunchConfig(
-            tile_m=tile_m,
-            tile_n=64 if tile_m == 16 and not wide else 32,
-            num_warps=8 if tile_m == 128 or wide else 4,
-            num_stages=3,
-            min_share=1,
-        )
+    warps = 8 if tile_m == 128 or wide else 4
+    short = (
+        longest <= SHORT_CONTEXT
+    )  # few tiles each: what counts is how soon the first one is there
+    if tile_m == 16:
+        stages = 3 if short else 5
+    else:  # small programs, two to a multiprocessor: one computes while the other waits
+        stages = 2
     return LaunchConfig(
         tile_m=tile_m,
         tile_n=32 if wide else 64,
-        num_warps=8 if tile_m == 128 or wide else 4,
-        num_stages=5,
-        min_share=1 if tile_m == 16 else 2,
+        num_warps=warps,
+        num_stages=stages,
+        min_share=1,
+        per_sm=2 if tile_m == 64 and not short else 1,
     )
 
 
 def default_splits(
-    batch: int, num_kv_heads: int, lane_tiles: int, num_sms: int, *, longest: int = 1 << 20
+    batch: int,
+    num_kv_heads: int,
+    rows: int,
+    group: int,
+    cut: LaunchConfig,
+    num_sms: int,
+    *,
+    longest: int = 1 << 20,
 ) -> int:
     """Splits that fill `num_sms` multiprocessors once, but no more than are worth adding up.
 
-    longest: positions of the model.
+    rows, group: as in `launch_config`, which made `cut`. longest: positions of the model.
     """
-    programs = batch * num_kv_heads * lane_tiles
+    programs = batch * num_kv_heads * cut.lane_tiles(rows, group)
     most = SHORT_SPLITS if longest <= SHORT_CONTEXT else MAX_SPLITS
-    return max(1, min(num_sms // programs, most))
+    return max(1, min(num_sms * cut.per_sm // programs, most))
 
 
 def _tiles(count: int, tile: int) -> int:
@@ -97,9 +108,9 @@ class AttentionWorkspace:
 def attention_workspace(
     programs: int, head_dim: int, device: torch.device | str
 ) -> AttentionWorkspace:
-    """Memory for any launch of up to so many programs, splits counted.
+    """Memory for any launch of up to so many programs of `MOST_LANES` lanes, splits counted.
 
-    Where splits are those of `default_splits`, that is the number of multiprocessors, and one workspace
+    Where splits are those of `default_splits`, the number of multiprocessors is enough, and one workspace
     serves all sizes: graphs that were captured with it need it for as long as they live.
     """
     vectors = programs * MOST_LANES

@@ -39,7 +39,6 @@ def _sum_kernel(
     """LANES lanes of a tile, all their parts at once. Grid: (B * KV_HEADS * tiles, TILE_M // LANES)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
     batch = program // (KV_HEADS * lane_tiles)
@@ -49,6 +48,8 @@ def _sum_kernel(
     row, query_head = lanes // GROUP, head * GROUP + lanes % GROUP
     real = row < rows
     _, active = share_of(tl.load(prefix_lens + batch), rows, splits, min_share, TILE_N)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     # Parts past the active ones are of an earlier launch, or of none: neither may count.
     part = tl.arange(0, ALL_PARTS)[:, None]
     exists = (part < active) & real[None, :]

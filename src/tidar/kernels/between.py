@@ -1,4 +1,7 @@
-"""What stands between the matrix products of a step: embedding, sums of parts, RMSNorm, activation."""
+"""What stands between the matrix products of a step: embedding, sums of parts, RMSNorm, activation.
+
+What is a weight is loaded before a kernel waits for the one before it.
+"""
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
 # mypy: disable-error-code="untyped-decorator"
@@ -53,16 +56,16 @@ def gated(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
 @triton.jit
 def _store_normed(
     values: tl.tensor,
-    weight: tl.tensor,
+    weights: tl.tensor,
     out: tl.tensor,
     column: tl.tensor,
     real: tl.tensor,
     eps: tl.tensor,
     SIZE: tl.constexpr,
 ) -> None:
-    """RMSNorm of a row, float32 `[TILE]` with zeros where not `real`, to the row at `out`."""
+    """RMSNorm of a row to the row at `out`; values, weights: float32 `[TILE]`, zeros where not `real`."""
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-    result = values * scale * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    result = values * scale * weights
     tl.store(out + column, result.to(out.dtype.element_ty), mask=real)
 
 
@@ -79,12 +82,14 @@ def _norm_kernel(
     """One row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     real = column < SIZE
+    weights = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     values = tl.load(x + row * SIZE + column, mask=real, other=0.0).to(tl.float32)
-    _store_normed(values, weight, out + row * SIZE, column, real, eps, SIZE)
+    _store_normed(values, weights, out + row * SIZE, column, real, eps, SIZE)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
@@ -121,22 +126,26 @@ def _add_kernel(
     """One row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     real = column < SIZE
+    weights = tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
+    added = tl.zeros((TILE,), tl.float32)
+    if bias is not None:
+        added += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     total = tl.load(parts + row * SIZE + column, mask=real, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(parts + split * part_stride + row * SIZE + column, mask=real, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    total += added
     at = stream + row * SIZE + column
     total += tl.load(at, mask=real, other=0.0).to(tl.float32)
     # The norm reads what the stream keeps of the sum, not the sum.
     kept = total.to(stream.dtype.element_ty)
     tl.store(at, kept, mask=real)
     values = kept.to(tl.float32)
-    _store_normed(values, norm_weight, out + row * SIZE, column, real, eps, SIZE)
+    _store_normed(values, weights, out + row * SIZE, column, real, eps, SIZE)
 
 
 def add_parts(
@@ -195,7 +204,8 @@ def _embed_kernel(
     tl.store(stream + row * SIZE + column, entry, mask=real)
     if norm_weight is not None:
         values = entry.to(tl.float32)
-        _store_normed(values, norm_weight, out + row * SIZE, column, real, eps, SIZE)
+        weights = tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
+        _store_normed(values, weights, out + row * SIZE, column, real, eps, SIZE)
 
 
 def embed_rows(

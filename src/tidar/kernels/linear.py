@@ -138,36 +138,42 @@ def _vector(at: tl.tensor, k: tl.tensor, K: tl.constexpr, TILE_K: tl.constexpr) 
 
 
 @triton.jit
+def _columns(N: tl.constexpr, TILE_N: tl.constexpr, GATED: tl.constexpr) -> tl.tensor:
+    """Columns of the result that this program has, and whether each exists `[:, None]`."""
+    if GATED:
+        column = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
+        real = (column < N // 2)[:, None]
+    else:
+        column = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+        real = (column < N)[:, None]
+    return column, real
+
+
+@triton.jit
 def _store(
     sums: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
     out: tl.tensor,
-    residual_stride: tl.tensor,
     out_stride: tl.tensor,
     N: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
     GATED: tl.constexpr,
 ) -> None:
-    """Bias, activation, residual, and the store of sums `[TILE_N, ROWS]`."""
+    """Bias `[TILE_N]`, activation, residual (as the result), and the store of sums `[TILE_N, ROWS]`."""
     if bias is not None:
-        sums += tl.load(bias + _weight_rows(N, TILE_N, GATED)).to(tl.float32)[:, None]
+        sums += bias[:, None]
     if GATED:
         pairs = tl.permute(tl.reshape(sums, (TILE_N // 2, 2, ROWS)), (0, 2, 1))
         gate, up = tl.split(pairs)
         result = gate * tl.sigmoid(gate) * up
-        column = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
-        real = (column < N // 2)[:, None]
     else:
         result = sums
-        column = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-        real = (column < N)[:, None]
-    row = tl.arange(0, ROWS)
     if residual is not None:
-        at = residual + row[None, :] * residual_stride + column[:, None]
-        result += tl.load(at, mask=real, other=0.0).to(tl.float32)
-    at = out + row[None, :] * out_stride + column[:, None]
+        result += residual
+    column, real = _columns(N, TILE_N, GATED)
+    at = out + tl.arange(0, ROWS)[None, :] * out_stride + column[:, None]
     tl.store(at, result.to(out.dtype.element_ty), mask=real)
 
 
@@ -195,8 +201,17 @@ def _gemv_kernel(
 ) -> None:
     """TILE_N weight rows."""
     row = _weight_rows(N, TILE_N, GATED)
+    added = None
+    if bias is not None:
+        added = tl.load(bias + row).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    # Asked for here, to be there when the sums are.
+    kept = None
+    if residual is not None:
+        column, real = _columns(N, TILE_N, GATED)
+        at = residual + tl.arange(0, ROWS)[None, :] * residual_stride + column[:, None]
+        kept = tl.load(at, mask=real, other=0.0).to(tl.float32)
     # Products add up element by element; threads meet once, behind the loop.
     sums_0 = tl.zeros((TILE_N, TILE_K), tl.float32)
     squares_0 = tl.zeros((TILE_K,), tl.float32)
@@ -232,7 +247,7 @@ def _gemv_kernel(
         sums = tl.join(sum_0, sum_1)
     else:
         sums = sum_0[:, None]
-    _store(sums, bias, residual, out, residual_stride, out_stride, N, TILE_N, ROWS, GATED)
+    _store(sums, added, kept, out, out_stride, N, TILE_N, ROWS, GATED)
 
 
 def _check(

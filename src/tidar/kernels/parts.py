@@ -1,9 +1,10 @@
 """Linear layers for the 3 to 256 rows of a decode step, by matrix units: every weight read once or twice.
 
-A tile of weight rows is multiplied with all rows of x (with 128 at a time), so the programs share out the
-weights and little else. Where that leaves multiprocessors idle the columns are shared out as well: the
-result then comes in float32 parts, and whatever runs next, which would have to read it anyway, adds them
-up (`tidar.kernels.between.add_parts`, `tidar.kernels.rotary`). No atomics: sums are the same every time.
+A tile of weight rows is multiplied with all rows of x (with 128 at a time, or fewer where the weights are
+few), so the programs share out the weights and little else. Where that leaves multiprocessors idle the
+columns are shared out as well: the result then comes in float32 parts, and whatever runs next, which would
+have to read it anyway, adds them up (`tidar.kernels.between.add_parts`, `tidar.kernels.rotary`). No
+atomics: sums are the same every time. While the kernel before still runs, each program reads ahead.
 """
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
@@ -18,16 +19,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tidar.kernels.ahead import ask_rows_ahead
 from tidar.kernels.launch import early
 
 MAX_ROWS = 256
 """Rows that one launch takes."""
 
 ROW_TILE = 128
-"""Rows that one program takes."""
+"""The most rows that one program takes."""
 
 MIN_TILE = 16
 """Rows of the smallest product that matrix units do."""
+
+TINY_PRODUCT, SMALL_PRODUCT = 1_000_000, 4_000_000
+"""Weights up to which smaller tiles of rows are faster (one H200)."""
+
+LINES_AHEAD = 2
+"""Cache lines of each of its weight rows that a program reads ahead; more were slower (one H200)."""
 
 ALIGNMENT = 16
 """Bytes at which rows of x and of the weights must start, for the GPU's copy engine."""
@@ -45,18 +53,20 @@ class PartsConfig:
         tile_k: columns per loop step, a power of two from 16.
         splits: programs that share the columns of a tile; each leaves a part. 1 where gated.
         num_stages: loop steps whose loads are under way at a time.
+        row_tile: rows of a program, a power of two from 16 to `ROW_TILE`.
     """
 
     tile_n: int
     tile_k: int
     splits: int = 1
+    row_tile: int = ROW_TILE
     num_stages: int = 4
     num_warps: int = 4
 
 
-def row_tiles(rows: int) -> tuple[int, int]:
+def row_tiles(rows: int, row_tile: int = ROW_TILE) -> tuple[int, int]:
     """Two powers of two (the second may be 0) that hold a program's rows with little room left."""
-    rows = min(rows, ROW_TILE)
+    rows = min(rows, row_tile)
     whole = max(MIN_TILE, triton.next_power_of_2(rows))
     head = whole // 2
     if rows <= head or head < MIN_TILE:
@@ -83,11 +93,12 @@ def default_config(
     """
     tile_k = (64 if gated else 128) if itemsize <= 2 else 32
     tile_n = 64  # what the matrix units take at a time
+    row_tile = _row_tile(rows, n * k)
     steps = triton.cdiv(k, tile_k)
-    programs = triton.cdiv(n, tile_n) * triton.cdiv(rows, ROW_TILE)
+    programs = triton.cdiv(n, tile_n) * triton.cdiv(rows, row_tile)
     splits = 1 if gated else max(1, min(sms // programs, steps))
     own_steps = triton.cdiv(steps, splits)
-    stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows))) * tile_k * itemsize
+    stage = (tile_n * (2 if gated else 1) + sum(row_tiles(rows, row_tile))) * tile_k * itemsize
     # Memory for more stages than there are steps would only keep the next kernel from starting early.
     most = 3 if gated and rows > 96 else 4
     stages = max(2, min(most, own_steps, shared_memory // stage))
@@ -95,8 +106,16 @@ def default_config(
         tile_n=tile_n,
         tile_k=tile_k,
         splits=triton.cdiv(steps, own_steps),  # none without work
+        row_tile=row_tile,
         num_stages=stages,
     )
+
+
+def _row_tile(rows: int, weights: int) -> int:
+    """Rows of a program: few where the weights are, which several programs then read from the L2 cache."""
+    if weights <= TINY_PRODUCT:
+        return 32
+    return 64 if weights <= SMALL_PRODUCT and rows > 96 else ROW_TILE
 
 
 @triton.jit
@@ -129,6 +148,7 @@ def _parts_kernel(
     x_head: tl.tensor,
     x_rest: tl.tensor,
     weight: tl.tensor,
+    matrix: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     n: tl.tensor,
@@ -138,6 +158,7 @@ def _parts_kernel(
     TILE_K: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Grid: (tiles of rows, tiles of weight rows, splits); x_head, x_rest, weight: descriptors.
@@ -149,6 +170,7 @@ def _parts_kernel(
     split = tl.program_id(2)
     first_k = split * steps * TILE_K
     if PDL:
+        ask_rows_ahead(matrix, first_n, first_k, n, k, TILE_N, AHEAD)
         tl.extra.cuda.gdc_wait()
     head = tl.zeros((TILE_N, HEAD), tl.float32)
     if REST > 0:
@@ -176,6 +198,7 @@ def _gated_kernel(
     x_head: tl.tensor,
     x_rest: tl.tensor,
     weight: tl.tensor,
+    matrix: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
@@ -185,13 +208,16 @@ def _gated_kernel(
     TILE_K: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """TILE_N columns of the result, from as many gate and up rows; grid: (tiles of rows, of columns)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     first_m = tl.program_id(0) * HEAD
     first_n = tl.program_id(1) * TILE_N
+    if PDL:
+        ask_rows_ahead(matrix, first_n, 0, 2 * size, k, TILE_N, AHEAD)
+        ask_rows_ahead(matrix, size + first_n, 0, 2 * size, k, TILE_N, AHEAD)
+        tl.extra.cuda.gdc_wait()
     gate_head = tl.zeros((TILE_N, HEAD), tl.float32)
     up_head = tl.zeros((TILE_N, HEAD), tl.float32)
     if REST > 0:
@@ -248,7 +274,7 @@ def _descriptors(
     assert 1 <= len(x) <= MAX_ROWS, f"{len(x)} rows; one launch takes 1 to {MAX_ROWS}"
     assert aligned(x), (x.shape, x.stride(), x.dtype)
     assert aligned(weight), (weight.shape, weight.stride(), weight.dtype)
-    head, rest = row_tiles(len(x))
+    head, rest = row_tiles(len(x), config.row_tile)
 
     def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [rows, config.tile_k])
@@ -275,9 +301,9 @@ def linear_parts(x: Tensor, weight: Tensor, *, config: PartsConfig, pdl: bool = 
     x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
     out = torch.empty(config.splits, rows, n, dtype=torch.float32, device=x.device)
     steps = triton.cdiv(triton.cdiv(k, config.tile_k), config.splits)
-    _parts_kernel[(triton.cdiv(rows, ROW_TILE), triton.cdiv(n, config.tile_n), config.splits)](
-        x_head, x_rest, weights, out, rows, n, k, steps,
-        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
+    _parts_kernel[(triton.cdiv(rows, config.row_tile), triton.cdiv(n, config.tile_n), config.splits)](
+        x_head, x_rest, weights, weight, out, rows, n, k, steps,
+        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, AHEAD=LINES_AHEAD, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **early(pdl),
     )  # fmt: skip
@@ -299,9 +325,9 @@ def gated_linear(
     (rows, k), size = x.shape, weight.shape[0] // 2
     x_head, x_rest, weights, head, rest = _descriptors(x, weight, config)
     out = x.new_empty(rows, size)
-    _gated_kernel[(triton.cdiv(rows, ROW_TILE), triton.cdiv(size, config.tile_n))](
-        x_head, x_rest, weights, bias, out, rows, size, k,
-        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, PDL=pdl,
+    _gated_kernel[(triton.cdiv(rows, config.row_tile), triton.cdiv(size, config.tile_n))](
+        x_head, x_rest, weights, weight, bias, out, rows, size, k,
+        TILE_N=config.tile_n, TILE_K=config.tile_k, HEAD=head, REST=rest, AHEAD=LINES_AHEAD, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **early(pdl),
     )  # fmt: skip

@@ -79,13 +79,21 @@ def _rotary_kernel(
     """TILE_H heads of one row; grid (rows of all sequences, groups of heads)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
     dim = tl.arange(0, HALF_TILE)[None, :]
     within = dim < HALF
     real = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & within
+    # What the whole step shares, and weights, need not wait for the kernel before.
+    angle = tl.load(positions + row).to(tl.int64) * cos_stride + dim
+    # The table's sines are signed (RotaryEmbedding): swapping the halves is all that is left to do.
+    cos_first = tl.load(cos + angle, mask=within, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos + angle + HALF, mask=within, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin + angle, mask=within, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin + angle + HALF, mask=within, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     # Both halves of a head live in one thread, which reads and then writes them.
     column = head[:, None] * HEAD_DIM + dim
     at = row.to(tl.int64) * qkv_stride + column
@@ -108,12 +116,8 @@ def _rotary_kernel(
         )
         first = (first * scale * weight_first).to(raw_first.dtype).to(tl.float32)
         second = (second * scale * weight_second).to(raw_first.dtype).to(tl.float32)
-    angle = tl.load(positions + row).to(tl.int64) * cos_stride + dim
-    # The table's sines are signed (RotaryEmbedding): swapping the halves is all that is left to do.
-    turned_first = first * tl.load(cos + angle, mask=within, other=0.0).to(tl.float32)
-    turned_first += second * tl.load(sin + angle, mask=within, other=0.0).to(tl.float32)
-    turned_second = second * tl.load(cos + angle + HALF, mask=within, other=0.0).to(tl.float32)
-    turned_second += first * tl.load(sin + angle + HALF, mask=within, other=0.0).to(tl.float32)
+    turned_first = first * cos_first + second * sin_first
+    turned_second = second * cos_second + first * sin_second
     turned_first = turned_first.to(raw_first.dtype)
     turned_second = turned_second.to(raw_first.dtype)
     # Values stay as they come. Where threads outnumber the tile several hold the same numbers, and none
