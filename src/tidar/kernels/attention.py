@@ -144,8 +144,7 @@ def _attention_kernel(
     own_anchor = tl.load(tail + 2 * rows + row, mask=real, other=2147483647)
 
     # All keys of the sequence as one row of tiles: whole ones of the prefix, a broken one, the tail's.
-    whole_tiles = length // TILE_N
-    prefix_tiles = tl.cdiv(length, TILE_N)
+    whole_tiles, prefix_tiles = length // TILE_N, tl.cdiv(length, TILE_N)
     share, active = share_of(length, rows, splits, min_share, TILE_N)
     if split >= active:
         return
@@ -157,21 +156,18 @@ def _attention_kernel(
     table = page_table + batch * table_batch
     if PDL:
         if first < prefix_tiles:
-            start = first * TILE_N
-            ahead = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
+            ahead = _offsets(table, first * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
             ask_vectors_ahead(key_pages + ahead, HEAD_DIM)
             ask_vectors_ahead(value_pages + ahead, HEAD_DIM)
         tl.extra.cuda.gdc_wait()
-    queries = load_vectors(
-        q + batch * q_batch + row * q_row + query_head * q_head, real, HEAD_DIM, TILE_D
-    )
+    q += batch * q_batch + query_head * q_head
+    queries = load_vectors(q + row * q_row, real, HEAD_DIM, TILE_D)
     k += batch * k_batch + head * k_head
     v += batch * k_batch + head * k_head
     within = tl.arange(0, TILE_N)
 
-    result = tl.zeros([TILE_M, TILE_D], tl.float32)
+    result, total = tl.zeros([TILE_M, TILE_D], tl.float32), tl.zeros([TILE_M], tl.float32)
     peak = tl.full([TILE_M], -1e30, tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
     for tile in tl.range(first, tl.minimum(last, whole_tiles)):
         offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
         keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
@@ -181,8 +177,8 @@ def _attention_kernel(
 
     if (whole_tiles < prefix_tiles) & (first <= whole_tiles) & (whole_tiles < last):
         start = whole_tiles * TILE_N
-        offsets = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
         seen = start + within < length
+        offsets = _offsets(table, start, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
         # Slots behind the prefix may hold NaN. A score there is replaced, a value must load as 0.
         keys = load_vectors(key_pages + offsets, seen, HEAD_DIM, TILE_D)
         values = load_vectors(value_pages + offsets, seen, HEAD_DIM, TILE_D)
