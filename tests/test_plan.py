@@ -267,6 +267,23 @@ def test_one_slow_turn_does_not_make_drafting_look_free() -> None:
     assert plan.turn_seconds == pytest.approx(0.02, rel=0.05)
 
 
+def test_decisions_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a host must keep ahead of its device, a slow decision puts off the next, new texts or not."""
+    looks = iter(range(10**6))  # a clock that goes on by a second with each look: two looks a decision
+    monkeypatch.setattr("tidar.decode.plan.time.perf_counter", lambda: float(next(looks)))
+    plan = MeasuredPlan(FREE, lag=1)
+    first = plan.choose([0])
+    decided = next(looks)
+    for text in range(1, 20):
+        assert plan.choose([text]) == first
+    assert next(looks) == decided + 1
+    assert plan.choose([30, 31]).drafts  # so many at a time are another matter
+    assert next(looks) == decided + 4
+    for _ in range(4000):  # a second is 100 AR steps, and 100 / 0.03 is 3,333
+        plan.choose([30, 31])
+    assert next(looks) == decided + 7
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_falls_back_probes_little_and_comes_back(seed: int) -> None:
     costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))

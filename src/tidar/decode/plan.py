@@ -36,6 +36,9 @@ TRY_PERIOD = 100
 MAX_TRIES = 0.02
 """Share of all steps that tries may take."""
 
+DECISION_SHARE = 0.03
+"""Share of the time of AR steps that decisions may take, where the host must keep ahead of a device."""
+
 STAKE = 4.0
 """AR steps of time that drafting may cost a text at most, over what it has brought in, ..."""
 
@@ -151,7 +154,8 @@ class MeasuredPlan:
         self.learned: Family | None = None
         self.learn_at = learn
         self.turn_seconds = 0.0  # an AR turn as of late, host included; kept where steps run ahead
-        self.pause = 0  # steps until a decision would not cost a tenth of the time any more
+        self.pause = 0  # steps until the next decision costs no more than its share of the time
+        self.decided_for = 0  # sequences that ran at the last decision
         self.present = costs.at(())  # what steps cost as of late
         self.draft_lens = tuple(draft_lens)
         self.margin, self.replan = margin, replan
@@ -207,7 +211,8 @@ class MeasuredPlan:
             self.tracks[request_id] = _Track(Acceptance(self.depth))
         if joined:
             self.tracks = {i: track for i, track in self.tracks.items() if i in active}
-            self._take(self._best())
+            if self.pause <= 0 or len(active) != self.decided_for:
+                self._take(self._best())
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
         self.experience.steps += 1
@@ -296,7 +301,8 @@ class MeasuredPlan:
         }
         if self.lag:
             step = float(costs((1,))[0])
-            self.pause = int((time.perf_counter() - began) / (0.1 * step))
+            self.pause = int((time.perf_counter() - began) / (DECISION_SHARE * step))
+        self.decided_for = len(self.active)
         best = max(rates, key=lambda schedule: rates[schedule])
         bar = rates[AUTOREGRESSIVE] * (1 + self.margin)
         if rates[best] < bar:
