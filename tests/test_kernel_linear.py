@@ -1,4 +1,4 @@
-"""The fused linear layer for 1 or 2 rows against the same arithmetic in float64.
+"""The fused linear layer for one row against the same arithmetic in float64.
 
 Without a GPU the kernel runs in Triton's interpreter (conftest.py): slow, so the shapes are small.
 """
@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tidar.kernels.linear import (
-    MAX_ROWS,
     LinearConfig,
     default_config,
-    small_linear,
+    linear_row,
 )
 
 EPS = 1e-6
@@ -63,7 +62,7 @@ class Case:
         residual: bool = True,
         out: Tensor | None = None,
     ) -> Tensor:
-        return small_linear(
+        return linear_row(
             self.x,
             self.weight,
             bias=self.bias if bias else None,
@@ -78,8 +77,8 @@ class Case:
 
 def make_case(
     device: str,
-    m: int,
     *,
+    m: int = 1,
     n: int = 76,
     k: int = 104,
     gated: bool = False,
@@ -115,11 +114,10 @@ def check(actual: Tensor, right: Tensor) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_plain_arithmetic(device: str, name: str, m: int, gated: bool) -> None:
+def test_equals_plain_arithmetic(device: str, name: str, gated: bool) -> None:
     """Norm, bias, activation and residual together, in place."""
-    case = make_case(device, m, gated=gated)
+    case = make_case(device, gated=gated)
     stream = case.residual.clone()
     result = replace(case, residual=stream).call(CONFIGS[name], out=stream)
     assert result is stream
@@ -127,10 +125,9 @@ def test_equals_plain_arithmetic(device: str, name: str, m: int, gated: bool) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("present", ["bias", "norm", "residual", "none"])
-def test_each_part_alone(device: str, m: int, present: str) -> None:
-    case = make_case(device, m)
+def test_each_part_alone(device: str, present: str) -> None:
+    case = make_case(device)
     bias, norm, residual = (present == part for part in ("bias", "norm", "residual"))
     actual = case.call(DIRECT, bias=bias, norm=norm, residual=residual)
     check(actual, case.expected(bias=bias, norm=norm, residual=residual))
@@ -140,38 +137,36 @@ def test_each_part_alone(device: str, m: int, present: str) -> None:
 @pytest.mark.parametrize("name", ["direct", "staged"])
 def test_even_shapes(device: str, name: str) -> None:
     """Tiles that divide everything take the paths without masks."""
-    case = make_case(device, 2, n=64, k=96)
+    case = make_case(device, n=64, k=96)
     check(case.call(CONFIGS[name]), case.expected())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("m", [1, 2])
-def test_bfloat16_within_its_rounding(device: str, m: int, gated: bool) -> None:
-    case = make_case(device, m, gated=gated, dtype=torch.bfloat16)
+def test_bfloat16_within_its_rounding(device: str, gated: bool) -> None:
+    case = make_case(device, gated=gated, dtype=torch.bfloat16)
     check(case.call(DIRECT), case.expected())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("m", [1, 2])
-def test_default_configuration(device: str, m: int, gated: bool) -> None:
+def test_default_configuration(device: str, gated: bool) -> None:
     """Also where K is far below the tiles of the table."""
     for k in (104, 5):
-        case = make_case(device, m, k=k, gated=gated)
+        case = make_case(device, k=k, gated=gated)
         check(case.call(None), case.expected())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_strides_and_output_type(device: str) -> None:
-    """Rows of x, residual and output may be slices; the output has its own type."""
-    narrow = make_case(device, 2, dtype=torch.bfloat16)
+    """x, residual and output may be slices; the output has its own type."""
+    narrow = make_case(device, dtype=torch.bfloat16)
     case = replace(
         narrow,
         x=torch.cat([narrow.x, narrow.x], dim=1)[:, : narrow.x.shape[1]],
         residual=torch.cat([narrow.residual] * 2, dim=1)[:, : narrow.residual.shape[1]],
     )
-    room = torch.zeros(2, 100, device=device)
+    room = torch.zeros(1, 100, device=device)
     out = case.call(DIRECT, out=room[:, 10:86])
     check(out, case.expected())
     assert not room[:, :10].any()
@@ -180,12 +175,12 @@ def test_strides_and_output_type(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_shape_errors(device: str) -> None:
-    case = make_case(device, 2)
+    case = make_case(device)
     for wrong in (
         replace(case, x=case.x[:, :-1]),
         replace(case, x=case.x.bfloat16()),
         replace(case, x=case.x[:0], residual=case.residual[:0]),
-        make_case(device, MAX_ROWS + 1),
+        make_case(device, m=2),
         replace(case, weight=case.weight[:, ::2]),
         replace(case, bias=case.bias[:-1]),
         replace(case, residual=case.residual[:, :-1]),
@@ -193,9 +188,7 @@ def test_shape_errors(device: str) -> None:
         with pytest.raises(AssertionError):
             wrong.call(DIRECT)
     with pytest.raises(AssertionError):
-        make_case(device, 2, gated=True).call(replace(DIRECT, tile_n=1))
-    with pytest.raises(AssertionError):
-        default_config(MAX_ROWS + 1, 76, 104)
+        make_case(device, gated=True).call(replace(DIRECT, tile_n=1))
 
 
 @pytest.mark.parametrize(
@@ -218,18 +211,16 @@ def test_shape_errors(device: str) -> None:
 def test_defaults_are_those_measured(
     n: int, k: int, gated: bool, tiles: tuple[int, int, int, int, int]
 ) -> None:
-    config = default_config(1, n, k, gated)
+    config = default_config(n, k, gated)
     assert tiles == (
         config.tile_n, config.tile_k, config.num_warps, config.num_stages, config.unroll
     )  # fmt: skip
-    assert default_config(1, n, k, gated, pdl=True) == replace(config, pdl=True)
-    assert default_config(2, n, k, gated) == replace(config, tile_n=min(4, config.tile_n))
+    assert default_config(n, k, gated, pdl=True) == replace(config, pdl=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("pdl", [False, True], ids=["plain", "pdl"])
-@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(
     ("n", "k", "gated"),
     [
@@ -242,10 +233,10 @@ def test_defaults_are_those_measured(
         (384, 992, False),
     ],
 )
-def test_model_shapes_in_a_graph_on_cuda(m: int, n: int, k: int, gated: bool, pdl: bool) -> None:
+def test_model_shapes_in_a_graph_on_cuda(n: int, k: int, gated: bool, pdl: bool) -> None:
     """The default configuration, captured once and replayed with other inputs."""
-    case = make_case("cuda", m, n=n, k=k, gated=gated, dtype=torch.bfloat16)
-    config = replace(default_config(m, n, k, gated), pdl=pdl)
+    case = make_case("cuda", n=n, k=k, gated=gated, dtype=torch.bfloat16)
+    config = replace(default_config(n, k, gated), pdl=pdl)
     out = torch.empty_like(case.residual)
     case.call(config, out=out)
     graph = torch.cuda.CUDAGraph()
@@ -253,7 +244,7 @@ def test_model_shapes_in_a_graph_on_cuda(m: int, n: int, k: int, gated: bool, pd
         case.call(config, out=out)
         case.call(config, out=out)
     for seed in (1, 2):
-        other = make_case("cuda", m, n=8, k=k, gated=gated, dtype=torch.bfloat16, seed=seed)
+        other = make_case("cuda", n=8, k=k, gated=gated, dtype=torch.bfloat16, seed=seed)
         case.x.copy_(other.x)
         out.fill_(float("nan"))
         graph.replay()

@@ -1,7 +1,7 @@
 """Law 3 while a plan changes its mind, and under any sequence of schedules at all."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 class Restless(StepCosts):
     """Costs that are new at each question, so that another schedule looks best all the time."""
 
-    def __call__(self, rows: Iterable[int]) -> Floats:
-        return np.array([_RNG.uniform(0.5, 8.0) for _ in rows])
+    def of(self, rows: int) -> float:
+        return _RNG.uniform(0.5, 8.0)
 
     def ratio(self, rows: int) -> float:
         return 1.0  # never so dear that drafting stops

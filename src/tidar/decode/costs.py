@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -43,17 +44,26 @@ class StepCosts:
 
     def ratio(self, rows: int) -> float:
         """Seconds of a step with so many rows, in AR steps."""
-        one, many = self((1, rows))
-        return float(many / one)
+        return self.of(rows) / self.of(1)
+
+    def of(self, rows: int) -> float:
+        """Seconds of a step with so many rows; past the last point the last slope goes on."""
+        after = bisect_left(self.rows, rows)
+        if after == 0:
+            return self.seconds[0]
+        if after < len(self.rows):
+            return self.seconds[after - 1] + (rows - self.rows[after - 1]) * self._slope(after)
+        slope = max(self._slope(after - 1), 0.0) if after > 1 else 0.0
+        return self.seconds[-1] + (rows - self.rows[-1]) * slope
+
+    def _slope(self, after: int) -> float:
+        """Seconds a row between the point `after` and the one before."""
+        rise = self.seconds[after] - self.seconds[after - 1]
+        return rise / (self.rows[after] - self.rows[after - 1])
 
     def __call__(self, rows: Iterable[int]) -> Floats:
-        """Seconds for each row count; past the last point the last slope goes on."""
-        wanted = np.asarray(list(rows), dtype=np.float64)
-        values = np.interp(wanted, self.rows, self.seconds)
-        if len(self.rows) > 1:
-            slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
-            values = values + np.maximum(wanted - self.rows[-1], 0) * max(slope, 0.0)
-        return values
+        """Seconds for each row count."""
+        return np.array([self.of(count) for count in rows])
 
 
 class CostSource(Protocol):

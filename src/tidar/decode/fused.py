@@ -1,7 +1,7 @@
 """The network of a decode step in fused kernels, for a GPU; the weights are the model's own tensors.
 
-Three ways through a layer, by the number of rows. One or two: products at the speed of the memory, with
-norms, biases, activation and residual inside. Up to 128: products by matrix units whose parts the next
+Three ways through a layer, by the number of rows. One: products at the speed of the memory, with norms,
+biases, activation and residual inside. Up to 128: products by matrix units whose parts the next
 launch adds up. More, or weights that those kernels do not take: cuBLAS and small kernels between. The
 kernels are launched so that each starts while the one before it ends (programmatic dependent launch),
 where the GPU can do that.
@@ -18,7 +18,7 @@ from tidar.errors import TidarError
 from tidar.kernels import linear, parts
 from tidar.kernels.between import add_parts, embed_rows, gated, rms_norm
 from tidar.kernels.choose import ChooseWorkspace, choose_rows, choose_workspace
-from tidar.kernels.linear import small_linear
+from tidar.kernels.linear import linear_row
 from tidar.kernels.parts import PartsConfig, gated_linear, linear_parts
 from tidar.model import Layer, Transformer
 from tidar.paged_cache import PagedCache, PagedRows
@@ -71,13 +71,13 @@ class FusedBackend:
         self._normed = False  # whether what `forward` last returned has the final norm
 
     def forward(self, ids: Tensor, positions: Tensor, rows: PagedRows) -> Tensor:
-        """Hidden states `[B, W, hidden_size]`; of one or two rows without the final norm, which `logits` adds."""
+        """Hidden states `[B, W, hidden_size]`; of one row without the final norm, which `logits` adds."""
         batch, width = ids.shape
         step = Step(batch, width, positions.flatten().contiguous(), rows)
         count, tokens = batch * width, ids.flatten()
-        self._normed = count > linear.MAX_ROWS
+        self._normed = count > 1
         if not self._normed:
-            hidden = self._layers_by_vectors(tokens, step)
+            hidden = self._layers_of_row(tokens, step)
         elif count <= PARTS_ROWS and self.aligned:
             hidden = self._layers_by_parts(tokens, step)
         else:
@@ -113,10 +113,10 @@ class FusedBackend:
         """Logits `[N, V]`; that of the mask token is still to be dropped."""
         head, norm = self.model.head_weight, self.model.norm.weight
         hidden = hidden.contiguous()
-        if len(hidden) <= linear.MAX_ROWS:
+        if len(hidden) == 1:
             dtype = torch.float32 if self.small_head else head.dtype
-            out = torch.empty(len(hidden), len(head), dtype=dtype, device=self.device)
-            return self._vectors(hidden, head, norm_weight=None if self._normed else norm, out=out)
+            out = torch.empty(1, len(head), dtype=dtype, device=self.device)
+            return self._row(hidden, head, norm_weight=None if self._normed else norm, out=out)
         assert self._normed, "so many rows come from a forward pass of so many"
         if not self.small_head:
             return F.linear(hidden, head)
@@ -127,22 +127,22 @@ class FusedBackend:
         ]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _layers_by_vectors(self, ids: Tensor, step: Step) -> Tensor:
-        """The residual stream `[1 or 2, hidden_size]` behind all layers."""
+    def _layers_of_row(self, ids: Tensor, step: Step) -> Tensor:
+        """The residual stream `[1, hidden_size]` behind all layers."""
         x, _ = embed_rows(ids, self.model.embed.weight, pdl=self.pdl)
         for index, layer in enumerate(self.layers):
             norm, mlp_norm = layer.attn_norm.weight, layer.mlp_norm.weight
-            qkv = self._vectors(x, layer.qkv.weight, bias=layer.qkv.bias, norm_weight=norm)
+            qkv = self._row(x, layer.qkv.weight, bias=layer.qkv.bias, norm_weight=norm)
             attended = self.attention(index, layer, qkv, step)
-            self._vectors(attended, layer.o.weight, bias=layer.o.bias, residual=x)
-            inner = self._vectors(
+            self._row(attended, layer.o.weight, bias=layer.o.bias, residual=x)
+            inner = self._row(
                 x,
                 layer.gate_up.weight,
                 bias=layer.gate_up.bias,
                 norm_weight=mlp_norm,
                 gated_pairs=True,
             )
-            self._vectors(inner, layer.down.weight, bias=layer.down.bias, residual=x)
+            self._row(inner, layer.down.weight, bias=layer.down.bias, residual=x)
         return x
 
     def _layers_by_parts(self, ids: Tensor, step: Step) -> Tensor:
@@ -182,7 +182,7 @@ class FusedBackend:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.rms_norm_eps, pdl=self.pdl)
 
-    def _vectors(
+    def _row(
         self,
         x: Tensor,
         weight: Tensor,
@@ -193,8 +193,8 @@ class FusedBackend:
         gated_pairs: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """A linear layer of one or two rows with what surrounds it; a residual is changed in place."""
-        return small_linear(
+        """A linear layer of one row with what surrounds it; a residual is changed in place."""
+        return linear_row(
             x,
             weight,
             bias=bias,
@@ -202,7 +202,7 @@ class FusedBackend:
             eps=self.config.rms_norm_eps,
             residual=residual,
             gated=gated_pairs,
-            config=linear.default_config(len(x), *weight.shape, gated_pairs, pdl=self.pdl),
+            config=linear.default_config(*weight.shape, gated_pairs, pdl=self.pdl),
             out=residual if out is None else out,
         )
 

@@ -48,26 +48,27 @@ STAKE_PER_TOKEN = 0.02
 
 @dataclass(slots=True)
 class Acceptance:
-    """Mutable: how often draft tokens of each depth were accepted, recent steps weighing more."""
+    """Mutable: how often draft tokens of each depth were accepted, recent steps weighing more.
+
+    accepted, tried: by depth. Lists, as every step of every text changes a few of their numbers.
+    """
 
     depth: int
     memory: float = 0.92
-    accepted: Floats = field(init=False)
-    tried: Floats = field(init=False)
+    accepted: list[float] = field(init=False)
+    tried: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.accepted = np.zeros(self.depth + 1)
-        self.tried = np.zeros(self.depth + 1)
+        self.accepted = [0.0] * (self.depth + 1)
+        self.tried = [0.0] * (self.depth + 1)
 
     def observe(self, shift: int, drafted: int, accepted: int) -> None:
         """Takes in one step: the tokens of rows shift + 1 .. shift + drafted - 1 were up for verification."""
-        end = min(shift + accepted, self.depth + 1)
-        tried = min(shift + min(accepted + 1, drafted), self.depth + 1)
-        # Drafted depths that were not reached fade as well: what they once were like says less and less.
-        self.accepted[shift + 1 : shift + drafted] *= self.memory
-        self.tried[shift + 1 : shift + drafted] *= self.memory
-        self.accepted[shift + 1 : end] += 1
-        self.tried[shift + 1 : tried] += 1
+        for depth in range(shift + 1, min(shift + drafted, self.depth + 1)):
+            # Those that were not reached fade as well: what they once were like says less and less.
+            passed, reached = depth < shift + accepted, depth <= shift + accepted
+            self.accepted[depth] = self.memory * self.accepted[depth] + passed
+            self.tried[depth] = self.memory * self.tried[depth] + reached
 
     def estimate(self, others: Floats, weight: float) -> Floats:
         """Acceptance by depth of one request, given what all requests did (`others`).
@@ -75,10 +76,11 @@ class Acceptance:
         A text is predictable or not at all depths alike, so depths that it has not tried are judged by
         how its failures compare with the expected ones; `weight` is the trials that judgement counts as.
         """
-        expected = float(self.tried @ (1.0 - others))
-        failed = float((self.tried - self.accepted).sum())
+        accepted, tried = np.array(self.accepted), np.array(self.tried)
+        expected = float(tried @ (1.0 - others))
+        failed = float((tried - accepted).sum())
         prior = 1.0 - np.clip((failed + 1.0) / (expected + 1.0) * (1.0 - others), 0.002, 0.98)
-        return (self.accepted + weight * prior) / (self.tried + weight)
+        return (accepted + weight * prior) / (tried + weight)
 
     def smoothed(self, start: float, weight: float) -> Floats:
         """Acceptance by depth where each depth takes the one before it as its prior."""
@@ -91,9 +93,10 @@ class Acceptance:
 
     def forget(self, keep: float) -> None:
         """Shrinks what is remembered to `keep` trials per depth at most."""
-        scale = np.minimum(1.0, keep / np.maximum(self.tried, 1e-9))
-        self.accepted *= scale
-        self.tried *= scale
+        for depth, tried in enumerate(self.tried):
+            if tried > keep:
+                self.accepted[depth] *= keep / tried
+                self.tried[depth] = keep
 
 
 @dataclass(slots=True)
@@ -268,7 +271,7 @@ class MeasuredPlan:
 
     def _pace(self, event: StepEvent) -> None:
         """The host may be slower than the device, which is all that the measured costs know."""
-        known = self.turn_seconds or float(self.present((1,))[0])
+        known = self.turn_seconds or self.present.of(1)
         if self.lag and (not event.schedule.drafts or event.seconds < known):
             # One slow turn says little; and no turn can take less than the host alone.
             self.turn_seconds = 0.9 * known + 0.1 * min(event.seconds, 2 * known)
@@ -300,7 +303,7 @@ class MeasuredPlan:
             )
         }
         if self.lag:
-            step = float(costs((1,))[0])
+            step = costs.of(1)
             self.pause = int((time.perf_counter() - began) / (DECISION_SHARE * step))
         self.decided_for = len(self.active)
         best = max(rates, key=lambda schedule: rates[schedule])

@@ -116,7 +116,7 @@ class Family:
         for index, chain in enumerate(self.chains):
             for step in chain.more:
                 tokens[index] += 1.0
-                seconds[index] += float(costs((step_rows(step, 1),))[0])
+                seconds[index] += costs.of(step_rows(step, 1))
         return tokens / seconds
 
 

@@ -1,10 +1,10 @@
-"""A linear layer for 1 or 2 rows, with what surrounds it in a transformer layer fused in.
+"""A linear layer for one row, with what surrounds it in a transformer layer fused in.
 
 `out = act(rmsnorm(x) @ weight.T + bias) + residual`, where the norm, the bias, the activation (SwiGLU,
-weight rows gate then up) and the residual are each optional. At so few rows the weights are all that
-matters: each is read from memory exactly once, and multiplied without matrix units. From 3 rows on
-cuBLAS is faster. The norm's row scale is applied behind the product, so its sum of squares comes from
-the x that the product reads anyway.
+weight rows gate then up) and the residual are each optional. At one row the weights are all that
+matters: each is read from memory exactly once, and multiplied without matrix units. From two rows on
+those are faster (`tidar.kernels.parts`). The norm's scale is applied behind the product, so its sum of
+squares comes from the x that the product reads anyway.
 """
 
 # Triton has no types that mypy could read, so its decorator hides those of the kernels.
@@ -18,9 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.kernels.launch import early
-
-MAX_ROWS = 2
-"""Rows that one launch takes."""
 
 WARP_K = 256
 """Neighbouring 16-bit weights that a warp loads at once, 16 bytes a thread."""
@@ -65,12 +62,10 @@ def _config(k: int, tile_n: int, warps: int, stages: int = 1) -> LinearConfig:
 
 
 @cache
-def default_config(
-    m: int, n: int, k: int, gated: bool = False, *, pdl: bool = False
-) -> LinearConfig:
+def default_config(n: int, k: int, gated: bool = False, *, pdl: bool = False) -> LinearConfig:
     """The configuration to use where nothing was measured.
 
-    Measured on one H200, bfloat16, 1 row:
+    Measured on one H200, bfloat16:
 
     | launch | tile_n | tile_k | warps | stages | unroll |
     |---|---|---|---|---|---|
@@ -80,14 +75,12 @@ def default_config(
     | n * k >= 20 000 000 and k < 8192 | 4 | 512 | 2 | 1 | 2 |
     | any other | 1 | 256 | 1 | 1 | 8 |
 
-    A small k makes tile_k, warps and unroll smaller; 2 rows, which need twice the registers for their
-    sums, take 4 weight rows at most.
+    A small k makes tile_k, warps and unroll smaller.
 
     Args:
-        m: rows of x. n: weight rows, gate and up counted both. k: columns. pdl: programmatic
-            dependent launch; CUDA on Hopper or later only.
+        n: weight rows, gate and up counted both. k: columns. pdl: programmatic dependent launch; CUDA on
+            Hopper or later only.
     """
-    assert 1 <= m <= MAX_ROWS, f"{m} rows; one launch takes 1 to {MAX_ROWS}"
     stages = 1
     if gated or n >= 100_000:
         tile_n, warps, stages = (4, 4, 1) if k <= 2048 else (8, 4, 4)
@@ -97,7 +90,7 @@ def default_config(
         tile_n, warps = 4, 2
     else:
         tile_n, warps = 1, 1
-    return replace(_config(k, min(tile_n, 8 // m), warps, stages), pdl=pdl)
+    return replace(_config(k, tile_n, warps, stages), pdl=pdl)
 
 
 @triton.jit
@@ -139,42 +132,14 @@ def _vector(at: tl.tensor, k: tl.tensor, K: tl.constexpr, TILE_K: tl.constexpr) 
 
 @triton.jit
 def _columns(N: tl.constexpr, TILE_N: tl.constexpr, GATED: tl.constexpr) -> tl.tensor:
-    """Columns of the result that this program has, and whether each exists `[:, None]`."""
+    """Columns of the result that this program has, and whether each exists."""
     if GATED:
         column = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
-        real = (column < N // 2)[:, None]
+        real = column < N // 2
     else:
         column = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-        real = (column < N)[:, None]
+        real = column < N
     return column, real
-
-
-@triton.jit
-def _store(
-    sums: tl.tensor,
-    bias: tl.tensor,
-    residual: tl.tensor,
-    out: tl.tensor,
-    out_stride: tl.tensor,
-    N: tl.constexpr,
-    TILE_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    GATED: tl.constexpr,
-) -> None:
-    """Bias `[TILE_N]`, activation, residual (as the result), and the store of sums `[TILE_N, ROWS]`."""
-    if bias is not None:
-        sums += bias[:, None]
-    if GATED:
-        pairs = tl.permute(tl.reshape(sums, (TILE_N // 2, 2, ROWS)), (0, 2, 1))
-        gate, up = tl.split(pairs)
-        result = gate * tl.sigmoid(gate) * up
-    else:
-        result = sums
-    if residual is not None:
-        result += residual
-    column, real = _columns(N, TILE_N, GATED)
-    at = out + tl.arange(0, ROWS)[None, :] * out_stride + column[:, None]
-    tl.store(at, result.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -185,15 +150,11 @@ def _gemv_kernel(
     bias: tl.tensor,
     residual: tl.tensor,
     out: tl.tensor,
-    x_stride: tl.tensor,
-    residual_stride: tl.tensor,
-    out_stride: tl.tensor,
     eps: tl.tensor,
     N: tl.constexpr,
     K: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
-    ROWS: tl.constexpr,
     GATED: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -201,78 +162,62 @@ def _gemv_kernel(
 ) -> None:
     """TILE_N weight rows."""
     row = _weight_rows(N, TILE_N, GATED)
-    added = None
+    column, real = _columns(N, TILE_N, GATED)
     if bias is not None:
         added = tl.load(bias + row).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
     # Asked for here, to be there when the sums are.
-    kept = None
     if residual is not None:
-        column, real = _columns(N, TILE_N, GATED)
-        at = residual + tl.arange(0, ROWS)[None, :] * residual_stride + column[:, None]
-        kept = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        kept = tl.load(residual + column, mask=real, other=0.0).to(tl.float32)
     # Products add up element by element; threads meet once, behind the loop.
-    sums_0 = tl.zeros((TILE_N, TILE_K), tl.float32)
-    squares_0 = tl.zeros((TILE_K,), tl.float32)
-    if ROWS == 2:
-        sums_1 = tl.zeros((TILE_N, TILE_K), tl.float32)
-        squares_1 = tl.zeros((TILE_K,), tl.float32)
+    sums = tl.zeros((TILE_N, TILE_K), tl.float32)
+    squares = tl.zeros((TILE_K,), tl.float32)
     # Stages named here, not at the launch: only so are loads without a `tl.dot` pipelined.
     for step in tl.range(0, tl.cdiv(K, TILE_K), num_stages=STAGES, loop_unroll_factor=UNROLL):
         k = step * TILE_K + tl.arange(0, TILE_K)
         tile = _weight_tile(weight, row, k, K, TILE_K)
-        x_0 = _vector(x, k, K, TILE_K)
-        if ROWS == 2:
-            x_1 = _vector(x + x_stride, k, K, TILE_K)
+        part = _vector(x, k, K, TILE_K)
         if norm_weight is not None:
-            scale = _vector(norm_weight, k, K, TILE_K)
-            squares_0 += x_0 * x_0
-            x_0 *= scale
-            if ROWS == 2:
-                squares_1 += x_1 * x_1
-                x_1 *= scale
-        sums_0 += tile * x_0[None, :]
-        if ROWS == 2:
-            sums_1 += tile * x_1[None, :]
+            squares += part * part
+            part *= _vector(norm_weight, k, K, TILE_K)
+        sums += tile * part[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    sum_0 = tl.sum(sums_0, axis=1)
+    result = tl.sum(sums, axis=1)
     if norm_weight is not None:
-        sum_0 *= tl.rsqrt(tl.sum(squares_0, axis=0) / K + eps)
-    if ROWS == 2:
-        sum_1 = tl.sum(sums_1, axis=1)
-        if norm_weight is not None:
-            sum_1 *= tl.rsqrt(tl.sum(squares_1, axis=0) / K + eps)
-        sums = tl.join(sum_0, sum_1)
-    else:
-        sums = sum_0[:, None]
-    _store(sums, added, kept, out, out_stride, N, TILE_N, ROWS, GATED)
+        result *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    if bias is not None:
+        result += added
+    if GATED:
+        gate, up = tl.split(tl.reshape(result, (TILE_N // 2, 2)))
+        result = gate * tl.sigmoid(gate) * up
+    if residual is not None:
+        result += kept
+    tl.store(out + column, result.to(out.dtype.element_ty), mask=real)
 
 
 def _check(
     x: Tensor,
     weight: Tensor,
     vectors: list[Tensor | None],
-    matrices: list[Tensor | None],
+    rows: list[Tensor | None],
     width: int,
 ) -> None:
     """AssertionError for what the kernel would read wrong."""
-    rows, k = x.shape
-    n = weight.shape[0]
-    assert 1 <= rows <= MAX_ROWS, f"{rows} rows; one launch takes 1 to {MAX_ROWS}"
-    assert weight.shape == (n, k), (weight.shape, k)
+    n, k = weight.shape
+    assert x.shape == (1, k), f"{tuple(x.shape)}; one launch takes one row of {k}"
     assert weight.is_contiguous(), weight.stride()
     assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
     assert n * k < 2**31, f"offsets into {n} x {k} weights do not fit 32 bits"
     assert x.stride(1) == 1, x.stride()
     for vector, length in zip(vectors, (n, k), strict=True):
         assert vector is None or (vector.shape == (length,) and vector.is_contiguous())
-    for matrix in matrices:
-        assert matrix is None or (matrix.shape == (rows, width) and matrix.stride(1) == 1)
+    for row in rows:
+        assert row is None or (row.shape == (1, width) and row.stride(1) == 1)
 
 
-def small_linear(
+def linear_row(
     x: Tensor,
     weight: Tensor,
     *,
@@ -284,37 +229,35 @@ def small_linear(
     config: LinearConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`act(rmsnorm(x) @ weight.T + bias) + residual` for 1 or 2 rows, reading each weight once.
+    """`act(rmsnorm(x) @ weight.T + bias) + residual` for one row, reading each weight once.
 
     Sums are float32 throughout; the only rounding is that of the result. Neither allocates nor waits
     where `out` is given.
 
     Args:
-        x: `[M, K]`, 1 <= M <= 2, rows at any stride.
+        x: `[1, K]`.
         weight: `[N, K]`, contiguous, of x's dtype; gated: N/2 gate rows, then N/2 up rows.
         bias: `[N]`.
         norm_weight: `[K]`; x goes through an RMSNorm of this weight and `eps` first.
-        residual: `[M, N]`, or `[M, N/2]` when gated; may be `out` itself.
+        residual: `[1, N]`, or `[1, N/2]` when gated; may be `out` itself.
         gated: the result is silu(gate) * up.
         config: how to cut the launch up; `default_config` where None.
-        out: where to write, `[M, N]`, or `[M, N/2]` when gated, rows at any stride, any float dtype;
-            must not overlap x.
+        out: where to write, `[1, N]`, or `[1, N/2]` when gated, any float dtype; must not overlap x.
 
     Returns:
         `out`, or a new tensor of x's dtype.
     """
-    (rows, k), n = x.shape, weight.shape[0]
+    n, k = weight.shape
     width = n // 2 if gated else n
     if out is None:
-        out = x.new_empty(rows, width)
+        out = x.new_empty(1, width)
     _check(x, weight, [bias, norm_weight], [residual, out], width)
     if config is None:
-        config = default_config(rows, n, k, gated)
+        config = default_config(n, k, gated)
     assert not gated or (n % 2 == 0 and config.tile_n >= 2), (n, config)
     _gemv_kernel[(triton.cdiv(n, config.tile_n),)](
-        x, weight, norm_weight, bias, residual, out,
-        x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), eps,
-        N=n, K=k, TILE_N=config.tile_n, TILE_K=config.tile_k, ROWS=rows, GATED=gated,
+        x, weight, norm_weight, bias, residual, out, eps,
+        N=n, K=k, TILE_N=config.tile_n, TILE_K=config.tile_k, GATED=gated,
         STAGES=config.num_stages, UNROLL=config.unroll, PDL=config.pdl,
         num_warps=config.num_warps, **early(config.pdl),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear layers for the 3 to 256 rows of a decode step, by matrix units: every weight read once or twice.
+"""Linear layers for the 2 to 256 rows of a decode step, by matrix units: every weight read once or twice.
 
 A tile of weight rows is multiplied with all rows of x (with 128 at a time, or fewer where the weights are
 few), so the programs share out the weights and little else. Where that leaves multiprocessors idle the
