@@ -1,6 +1,8 @@
-"""Draws the record of `tidar bench --shape ... --decode-only`, where the machine that measured has no matplotlib.
+"""Draws records of `tidar bench --shape ... --decode-only`, where the machine that measured has no matplotlib.
 
-python benchmarks/plot_sweep.py RECORD.json PICTURE.png
+python benchmarks/plot_sweep.py RECORD.json [OTHER.json ...] PICTURE.png
+
+Cells that the first record lacks, because it was interrupted, come from the others.
 """
 
 import sys
@@ -10,5 +12,11 @@ from tidar.bench.record import read_record
 from tidar.bench.sweep_plot import save_sweep
 
 if __name__ == "__main__":
-    source, picture = map(Path, sys.argv[1:])
-    save_sweep(read_record(source), picture)
+    *sources, picture = map(Path, sys.argv[1:])
+    record, *others = map(read_record, sources)
+    known = {(cell["context"], cell["batch"]) for cell in record["cells"]}
+    for other in others:
+        added = [c for c in other["cells"] if (c["context"], c["batch"]) not in known]
+        known |= {(cell["context"], cell["batch"]) for cell in added}
+        record["cells"] += added
+    save_sweep(record, picture)
