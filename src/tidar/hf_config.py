@@ -185,27 +185,28 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
 
 
-def find_folder(source: str) -> Path:
-    """The local folder of a path or hub id, with a config.json in it."""
+def find_folder(source: str, *, also: tuple[str, ...] = ()) -> Path:
+    """The local folder of a path or hub id, with a config.json in it; also: more files to fetch of a hub id."""
     folder = Path(source).expanduser()
     if folder.is_file():
         raise TidarError(f"{source} is a file; give the folder that holds config.json")
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
             raise TidarError(f"no such folder: {source}; give a checkpoint folder, or a hub id")
-        folder = _download(source)
+        folder = _download(source, also)
     if not (folder / "config.json").is_file():
         raise TidarError(f"{source} is no Hugging Face checkpoint: it has no config.json")
     return folder
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, also: tuple[str, ...]) -> Path:
     """Fetch what a checkpoint needs, and no code or pickles, into the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        wanted = [*_HUB_FILES, *also]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, HFValidationError) as error:  # every hub and network error is an OSError
         reason = str(error).strip().split("\n")[0]
         raise TidarError(

@@ -256,12 +256,19 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """`x` `[B, N, hidden_size]`, cosines and sines -> `[B, N, hidden_size]`."""
-        x = x + self.o(self._attention(self.attn_norm(x), cos, sin, attend))
+        return self.read(x, self.attn_norm(x), cos, sin, attend)
+
+    def read(self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """The layer on the residual stream `x`, its attention fed `normed` `[B, N, width of qkv]`.
+
+        That is the norm of `x`, but for an EAGLE head (`tidar.eagle_head`), which reads more.
+        """
+        x = x + self.o(self._attention(normed, cos, sin, attend))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """`[B, N, hidden_size]` -> `[B, N, num_heads * head_dim]`, before the output projection."""
+        """`[B, N, width of qkv]` -> `[B, N, num_heads * head_dim]`, before the output projection."""
         batch, rows, _ = x.shape
         heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(batch, rows, rotated + self.num_kv_heads, self.head_dim)

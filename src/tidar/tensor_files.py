@@ -36,7 +36,7 @@ def tensor_slots(model: Transformer) -> dict[str, Tensor]:
     slots = {"model.embed_tokens.weight": model.embed.weight.detach()}
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        for name, tensor in _layer_slots(layer).items():
+        for name, tensor in layer_slots(layer).items():
             slots[f"model.layers.{layer.index}.{name}"] = tensor
     slots["model.norm.weight"] = model.norm.weight.detach()
     if model.head is not None:
@@ -44,7 +44,7 @@ def tensor_slots(model: Transformer) -> dict[str, Tensor]:
     return slots
 
 
-def _layer_slots(layer: Layer) -> dict[str, Tensor]:
+def layer_slots(layer: Layer) -> dict[str, Tensor]:
     """`tensor_slots` for one layer, without the prefix."""
     slots = {
         "input_layernorm.weight": layer.attn_norm.weight.detach(),

@@ -5,7 +5,6 @@ folder written here opens in `transformers` as the plain autoregressive model (l
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from tidar.errors import TidarError
 from tidar.hf_config import (
@@ -33,10 +31,10 @@ from tidar.tensor_files import (
     fill_model,
     find_weights,
     open_weights,
-    some,
     write_json,
     write_weights,
 )
+from tidar.whole_folder import whole_folder
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -154,22 +152,14 @@ def save_checkpoint(
     raw = _config_json(config, raw_config, meta, dtype)
     generation = _generation_json(raw, generation_config, meta)
     read_meta(raw, generation)  # a mask token that is also the end token must not reach the disk
-    _check_places(target, tokenizer_source)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
-    try:
-        partial.mkdir(parents=True)
+    if tokenizer_source is not None and not tokenizer_source.is_dir():
+        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
+    with whole_folder(target) as partial:
         write_json(partial / "config.json", raw)
         write_json(partial / "generation_config.json", generation)
         write_weights(partial, model, dtype, max_shard_bytes)
         if tokenizer_source is not None:
             _copy_tokenizer(tokenizer_source, partial)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        _swap(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise TidarError(f"could not write the checkpoint {target}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -217,49 +207,6 @@ def _generation_json(
         suppressed = {*token_ids(generation.get("suppress_tokens")), meta.mask_token_id}
         generation["suppress_tokens"] = sorted(suppressed)
     return generation
-
-
-def _check_places(target: Path, tokenizer_source: Path | None) -> None:
-    """Refuse to replace anything but an empty folder or a flat checkpoint."""
-    if tokenizer_source is not None and not tokenizer_source.is_dir():
-        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise TidarError(f"{target} exists and is no folder")
-    entries = list(target.iterdir())
-    if not entries:
-        return
-    if not (target / "config.json").is_file() or any(path.is_dir() for path in entries):
-        raise TidarError(
-            f"{target} exists and is not just a checkpoint; saving there would delete "
-            f"{some(sorted(path.name for path in entries))}. Give a new folder"
-        )
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk, so that the rename cannot get there before the data."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; the old folder goes only once the new one stands."""
-    old = new.with_suffix(".old")
-    replacing = target.exists()
-    if replacing:
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if replacing:
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def init_model(
