@@ -1,33 +1,37 @@
 """Methods beside TiDAR and AR, by name: what tells them apart, and what they need to run.
 
-`speculative:PATH:K`, `block-diffusion:K:THRESHOLD[:full]`, `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They
-run in the plain engine, at the schedule of their size.
+`speculative:PATH:K`, `eagle:PATH:K[:tree]`, `block-diffusion:K:THRESHOLD[:full]`,
+`masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They run in the plain engine, at the schedule of their size.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from tidar.eagle_files import load_eagle_head
+from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.methods import Method
 from tidar.methods.block_diffusion import Attention, BlockDiffusion
+from tidar.methods.eagle import DraftHead, Eagle
 from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from tidar.methods.speculative import DraftModel, Speculative
+from tidar.methods.tree import Tree, chain, spread
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
 from tidar.weights import load_checkpoint
 
 FORMS = (
-    "speculative:PATH:K, block-diffusion:K:THRESHOLD such as block-diffusion:16:0.9 (:full where clean rows of a "
-    "span see each other), masked-diffusion:SPAN:STEPS such as masked-diffusion:32:16 (:ORDER and :shift as "
-    "in masked-diffusion:256:128:entropy:shift)"
+    "speculative:PATH:K, eagle:PATH:K (:tree for several guesses a position), block-diffusion:K:THRESHOLD such "
+    "as block-diffusion:16:0.9 (:full where clean rows of a span see each other), masked-diffusion:SPAN:STEPS "
+    "such as masked-diffusion:32:16 (:ORDER and :shift as in masked-diffusion:256:128:entropy:shift)"
 )
 """How they are written, for messages."""
 
 
 @dataclass(slots=True)
 class Target:
-    """Mutable: the model that decodes, and the draft models loaded for it, each once.
+    """Mutable: the model that decodes, and the draft models and heads loaded for it, each once.
 
     tokenizer: the model's, where it has one; a draft model's must give the same tokens.
     """
@@ -35,6 +39,16 @@ class Target:
     model: Transformer
     tokenizer: Tokenizer | None = None
     drafts: dict[str, Transformer] = field(default_factory=dict)
+    heads: dict[str, EagleHead] = field(default_factory=dict)
+
+    def head(self, path: str) -> EagleHead:
+        """An EAGLE-3 head for the model, on its device. Raises TidarError for any other folder."""
+        if path not in self.heads:
+            weight = self.model.embed.weight
+            self.heads[path] = load_eagle_head(
+                path, self.model.config, device=weight.device, dtype=weight.dtype
+            )
+        return self.heads[path]
 
     def draft_model(self, path: str) -> Transformer:
         """A checkpoint with the model's vocabulary, on its device. Raises TidarError for any other."""
@@ -100,6 +114,19 @@ class SpeculativeRival:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EagleRival:
+    """`eagle:PATH:K`: the EAGLE-3 head at PATH drafts a chain of K tokens; `:tree` a tree of that depth."""
+
+    path: str
+    tree: Tree
+    exact: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
+
+    def method(self, target: Target, max_batch: int) -> Eagle:
+        return Eagle(DraftHead(target.head(self.path), target.model, max_batch), self.tree)
+
+
 def _mask_of(target: Target) -> int:
     mask = target.model.config.mask_token_id
     assert mask is not None  # whoever makes an engine has checked
@@ -138,6 +165,7 @@ def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
     name, *rest = text.strip().split(":")
     parsers = {
         "speculative": _parse_speculative,
+        "eagle": _parse_eagle,
         "block-diffusion": _parse_block_diffusion,
         "masked-diffusion": _parse_masked_diffusion,
     }
@@ -166,6 +194,29 @@ def _parse_speculative(text: str, rest: list[str]) -> tuple[str, Schedule, Rival
     count = _number(rest[-1], text)
     # One row more than it drafts: the certain token's.
     return f"speculative:{path}:{count}", Schedule(count + 1, ()), SpeculativeRival(path)
+
+
+MAX_TREE_DEPTH = 12
+"""Of the default tree, which then has 376 draft tokens."""
+
+
+def _parse_eagle(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    branches = rest[1:] != [] and rest[-1] == "tree"
+    *parts, count = rest[: len(rest) - branches] or [""]
+    path = ":".join(parts)
+    if not path:
+        raise TidarError(
+            f"method {text!r} is not understood: give eagle:PATH:K, the head's folder or hub id and how many "
+            "tokens it drafts, such as eagle:path/to/head:4, and :tree for a tree of that depth."
+        )
+    depth = _number(count, text)
+    if branches and depth > MAX_TREE_DEPTH:
+        raise TidarError(
+            f"method {text!r}: a tree may be up to {MAX_TREE_DEPTH} deep, not {depth}."
+        )
+    tree = spread(depth) if branches else chain(depth)
+    name = f"eagle:{path}:{depth}" + (":tree" if branches else "")
+    return name, Schedule(depth + 1, ()), EagleRival(path, tree)
 
 
 def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
