@@ -141,6 +141,7 @@ class EagleHead(nn.Module):
         Returns:
             `[B, N, hidden_size]`, before the final norm: the feature of the next row of a draft.
         """
+        features = features.to(embedded.dtype)  # autocast answers in another one
         fed = torch.cat((self.layer.attn_norm(embedded), self.hidden_norm(features)), dim=-1)
         kind = features.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else fed.dtype

@@ -68,8 +68,9 @@ EngineArg = Annotated[
 MethodsArg = Annotated[
     str,
     typer.Option(
-        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K; another "
-        "model's text: block-diffusion:K:THRESHOLD[:full], masked-diffusion:SPAN:STEPS[:ORDER][:shift]. By commas."
+        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K, "
+        "eagle:PATH:K[:tree]; another model's text: block-diffusion:K:THRESHOLD[:full], "
+        "masked-diffusion:SPAN:STEPS[:ORDER][:shift]. By commas."
     ),
 ]
 MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]

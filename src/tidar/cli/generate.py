@@ -23,8 +23,8 @@ MethodArg = Annotated[
     str | None,
     typer.Option(
         help="`tidar` or `ar`, by default what the model can do. In the plain engine also `speculative:PATH:K` (the "
-        "model at PATH drafts K tokens; exact), and, writing another model's text, `block-diffusion:K:THRESHOLD` "
-        "and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`."
+        "model at PATH drafts K tokens) and `eagle:PATH:K[:tree]` (an EAGLE-3 head does), both exact; and, writing "
+        "another model's text, `block-diffusion:K:THRESHOLD` and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`."
     ),
 ]
 DraftLenArg = Annotated[

@@ -41,7 +41,7 @@ ArchArg = Annotated[
 TokenizerArg = Annotated[
     Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
 ]
-ObjectiveArg = Annotated[str | None, typer.Option(help="`tidar` or `ar`.")]
+ObjectiveArg = Annotated[str | None, typer.Option(help="`tidar`, `ar`, or `eagle` (a draft head).")]
 DraftLensArg = Annotated[str | None, typer.Option(help="K, or several to mix: `4,8,16`.")]
 AlphaArg = Annotated[float | None, typer.Option(help="Weight of the causal loss.")]
 MaskingArg = Annotated[str | None, typer.Option(help="`full` or `random`.")]
@@ -52,6 +52,17 @@ SoftLabelsArg = Annotated[
 TeacherArg = Annotated[
     str | None,
     typer.Option(help="`causal` (own head, teaches drafting) or `base` (frozen; teaches both)."),
+]
+DraftVocabArg = Annotated[
+    int | None,
+    typer.Option(
+        "--draft-vocab-size",
+        help="Eagle: tokens that the head can draft, the most frequent ones; 32,000 or all by default.",
+    ),
+]
+TttArg = Annotated[
+    int | None,
+    typer.Option("--ttt-length", help="Eagle: draft steps unrolled in training; 7 by default."),
 ]
 SeqLenArg = Annotated[int | None, typer.Option(help="Clean tokens per sequence.")]
 EvalDataArg = Annotated[
@@ -83,6 +94,8 @@ def train(
     anchors: AnchorsArg = None,
     soft_labels: SoftLabelsArg = None,
     teacher: TeacherArg = None,
+    draft_vocab_size: DraftVocabArg = None,
+    ttt_length: TttArg = None,
     seq_len: SeqLenArg = None,
     eval_data: EvalDataArg = None,
     eval_every: EvalEveryArg = None,
@@ -90,7 +103,7 @@ def train(
     resume: ResumeArg = False,
     as_json: AsJsonArg = False,
 ) -> None:
-    """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
+    """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch; or a draft head for it.
 
     Any field of `transformers.TrainingArguments` is an option too: `--learning-rate 1e-5`, `--max-steps 1000`,
     `--per-device-train-batch-size 8`, `--gradient-checkpointing true`. Ctrl-C saves a checkpoint; the same
@@ -102,6 +115,8 @@ def train(
         tidar train --base Qwen/Qwen2.5-0.5B --data corpus.jsonl --out runs/q --draft-lens 4,8,16
 
         tidar train --base ./my-llama --self-data 10000 --out runs/mine --max-steps 2000
+
+        tidar train --base runs/mine/model --objective eagle --data corpus.jsonl --out runs/head
 
         tidar train --config recipe.yaml --out runs/again --resume
     """

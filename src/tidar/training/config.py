@@ -52,10 +52,11 @@ class TrainConfig:
     what to learn; held-out data by name. seq_len: clean tokens per sequence. A multiple of 128 on a
     GPU. compile, attention: "auto" is compiled FlexAttention on a GPU and plain dense attention on
     a CPU. min_lr_ratio: final over highest learning rate of the default schedule (cosine after a
-    warm-up). eval_every: steps between held-out losses and calls of `on_interval`; 0 is never.
-    eval_sequences: sequences of each held-out set that are used. save_dtype: of the final model;
-    "auto" is the base's, or float32 from scratch. peak_tflops: of one device, for the model FLOPs
-    utilisation; 0 looks the device up. resume: carry on from the last whole checkpoint in `out`.
+    warm-up). draft_vocab_size, ttt_length: of an EAGLE head, see `EagleObjective`. eval_every: steps
+    between held-out losses and calls of `on_interval`; 0 is never. eval_sequences: sequences of each
+    held-out set that are used. save_dtype: of the final model; "auto" is the base's, or float32 from
+    scratch. peak_tflops: of one device, for the model FLOPs utilisation; 0 looks the device up. resume:
+    carry on from the last whole checkpoint in `out`.
     """
 
     out: Path
@@ -75,6 +76,8 @@ class TrainConfig:
     anchors: Literal["grid", "random"] = "grid"
     soft_labels: float = 0.0
     teacher: Literal["causal", "base"] = "causal"
+    draft_vocab_size: int = 0
+    ttt_length: int = 7
     head_chunk: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
@@ -116,6 +119,18 @@ class TrainConfig:
             raise TidarError(
                 f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
                 "a span must fit a sequence."
+            )
+
+        if self.objective == "eagle":
+            self._check_eagle()
+
+    def _check_eagle(self) -> None:
+        if self.base is None:
+            raise TidarError("objective 'eagle' trains a head for a checkpoint: give base.")
+        if self.ttt_length > self.seq_len - 2:
+            raise TidarError(
+                f"ttt_length is {self.ttt_length}, which does not fit seq_len {self.seq_len}: the last step "
+                "would predict nothing."
             )
 
     def objective_with(self, seed: int) -> Objective:

@@ -19,7 +19,7 @@ from tidar.errors import TidarError
 from tidar.training.checkpoints import PARTIAL, disk_errors, publish
 from tidar.training.config import TrainConfig
 from tidar.training.data import InOrder, RunData
-from tidar.training.metrics import JsonLog, StepTimes, device_peak, peak_memory_gib, step_flops
+from tidar.training.metrics import JsonLog, StepTimes, device_peak, peak_memory_gib
 from tidar.training.objective import TrainingModel
 from tidar.training.optimizers import MuonAdamW, adamw
 
@@ -247,12 +247,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Clean tokens per second of all processes, and MFU where the device's peak is known."""
         row = {"tokens_per_second": self.tokens_per_step / seconds}
         if self.peak:
-            flops = step_flops(
-                self.learner.net.config,
-                self.tokens_per_step,
-                self._visible_per_step,
-                self.learner.rows_per_token,
-            )
+            flops = self.learner.flops(self.tokens_per_step, self._visible_per_step)
             row["mfu"] = flops / seconds / (self.peak * self.args.world_size)
         return row
 

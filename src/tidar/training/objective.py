@@ -23,7 +23,9 @@ from tidar.hf_config import TidarMeta
 from tidar.layout import Rows, dense
 from tidar.model import Layer, Transformer
 from tidar.training.chunked import ChunkLoss, chunk_loss, even_chunk
+from tidar.training.data import TokenData
 from tidar.training.flex import flex_training_attend
+from tidar.training.metrics import step_flops
 from tidar.training.start import Start
 from tidar.weights import save_checkpoint
 
@@ -101,6 +103,9 @@ class TrainingModel(nn.Module, ABC):
         if fast:
             self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
             self.compile_layers(net)
+
+    def prepare(self, data: TokenData) -> None:
+        """Looks at the training data, before the first step; what comes of it must be a function of the data."""
 
     @abstractmethod
     def sums(self, batch: dict[str, Tensor]) -> Sums:
@@ -202,6 +207,10 @@ class TrainingModel(nn.Module, ABC):
     def hard_labels(self) -> Iterator[None]:
         """Losses against the tokens alone, whatever the objective teaches: for held-out text."""
         yield
+
+    def flops(self, tokens: float, visible: float) -> float:
+        """Operations of a step over `tokens` clean tokens whose rows see `visible` keys in all; see `step_flops`."""
+        return step_flops(self.net.config, tokens, visible, self.rows_per_token)
 
     def save(self, folder: Path, start: Start) -> None:
         """Writes what was trained to `folder`. Raises TidarError when that fails."""

@@ -76,6 +76,7 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     data, held_out = _make_data(config, start, arguments)
     run = _make_run(data, arguments)
     model = _training_model(config, objective, start.net, arguments)
+    model.prepare(data)
     interrupts = Interrupts()
     trainer = ObjectiveTrainer(model, arguments, run, config, None)
     if held_out or on_interval is not None:

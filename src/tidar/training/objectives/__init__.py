@@ -5,11 +5,13 @@ from typing import Final, Literal
 
 from tidar.training.objective import Objective
 from tidar.training.objectives.ar import ArObjective
+from tidar.training.objectives.eagle import EagleObjective
 from tidar.training.objectives.tidar import TidarObjective
 
-ObjectiveName = Literal["tidar", "ar"]
+ObjectiveName = Literal["tidar", "ar", "eagle"]
 
 OBJECTIVES: Final[Mapping[ObjectiveName, type[Objective]]] = {
     "tidar": TidarObjective,
     "ar": ArObjective,
+    "eagle": EagleObjective,
 }
