@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import refused, tidar
 from contenders import decode, eagle, fitted_head, random_head, target
+from lm_eval.api.instance import Instance
 from models import BUNDLED, Excuses, ar_text, assert_equal, checkpoint, random_prompt, walk
 from test_decode_cache import check_cache
 from test_exact_distribution import (
@@ -34,11 +35,17 @@ from tidar.decode.spec import parse_method, parse_methods
 from tidar.eagle_files import save_eagle_head
 from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
+from tidar.evaluation.harness import TidarLM, engine_options
 from tidar.layout import Schedule
 from tidar.methods import Project, Verdict
 from tidar.methods.eagle import DraftHead, Eagle, EagleStep, Guess
 from tidar.methods.tree import Siblings, Tree, chain, spread
 from tidar.sampling import Draw, SamplingParams, probabilities, reject_siblings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 BUSHY = Tree([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1)])
 """Paths with gaps between their rows, and nodes without children before nodes with some."""
@@ -479,6 +486,20 @@ def test_one_flag_away(folder: Path, tmp_path: Path) -> None:
                    "--max-new-tokens", 12, "--json").json["methods"][name]  # type: ignore[index]  # fmt: skip
     assert record["same_as_ar"]["same"]
     assert 2 <= record["draft_forwards_per_step"] <= 3
+
+
+def test_eval_reaches_it(folder: Path) -> None:
+    """One word for `--methods` there too: the texts are AR's, in fewer steps or as many."""
+    spec = parse_method(f"eagle:{folder}:3:tree")
+    assert engine_options(spec) == {"method": spec.name}
+    texts = {}
+    for name in ("ar", spec.name):
+        model = TidarLM(str(BUNDLED), name, batch_size=2, device="cpu", dtype="float32")
+        asked = ("def fib(n):", {"until": [], "max_gen_toks": 8})
+        instance = Instance(request_type="generate_until", doc={}, arguments=asked, idx=0)
+        texts[name] = model.generate_until([instance])
+        assert model.generated.decode_steps <= 7
+    assert texts["ar"] == texts[spec.name]
 
 
 def test_where_it_does_not_run(folder: Path) -> None:

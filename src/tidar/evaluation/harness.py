@@ -121,6 +121,8 @@ class _Options:
 
 def engine_options(spec: MethodSpec) -> dict[str, Any]:
     """A method's name as options of `LanguageModel.stream_batch`."""
+    if spec.rival is not None:
+        return {"method": spec.name}
     if spec.is_ar:
         return {"method": "ar"}
     if spec.schedule is None:
@@ -167,7 +169,11 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.tokenizer = pretrained.tokenizer.backend
         self.spec = parse_method(method or ("tidar:plan" if pretrained.meta else "ar"))
         self._how = engine_options(self.spec)
-        pretrained.plan_spec(**self._how)  # says at once what this checkpoint cannot do
+        # What this checkpoint or this engine cannot do is said at once.
+        if pretrained.rival(self.spec.name if self.spec.rival else "ar", engine) is None:
+            pretrained.plan_spec(**self._how)
+        else:
+            self.spec.engine(self.network, target=pretrained.target)
         try:
             self.batch = int(batch_size or 8)
         except ValueError:
