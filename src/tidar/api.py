@@ -85,8 +85,8 @@ class LanguageModel:
 
     @property
     def draft_len(self) -> int:
-        """The longest draft the checkpoint was trained for; 1 for a plain autoregressive one."""
-        return max(self.meta.draft_lens) if self.meta else 1
+        """The longest draft the checkpoint was trained for; 1 for one that was never trained to draft."""
+        return max(self.meta.draft_lens, default=1) if self.meta else 1
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; ids are taken as they are."""

@@ -18,6 +18,9 @@ from tidar.model import MODEL_TYPES, ROPE_KINDS, ModelConfig, ModelType, RopeCon
 
 Json = dict[str, Any]
 Masking = Literal["full", "random"]
+Attention = Literal["causal", "bidirectional"]
+SpanAttention = Literal["causal", "full"]
+Trained = Literal["tidar", "block-diffusion", "masked-diffusion"]
 
 FORMAT_VERSION: Final = 1
 ARCHITECTURES: Final[Mapping[str, str]] = {
@@ -69,10 +72,13 @@ class TidarMeta:
     """The `"tidar"` entry of `config.json`: how the mask rows were trained.
 
     Attributes:
-        draft_lens: values of K (mask rows per span) in training, ascending.
+        draft_lens: values of K (mask rows per span) in training, ascending; none where there were no spans,
+            which is so with bidirectional attention.
         mask_token_id: the token id that fills mask rows.
         alpha: weight of the causal loss, `(alpha * causal + mask) / (1 + alpha)`.
         masking: every row of a span masked, or some of them real tokens.
+        objective: what was learned. attention: what all rows see. label_shift: with bidirectional
+            attention, the row before a position predicts it. span_attention: what clean rows see.
         format_version: of this entry.
     """
 
@@ -80,6 +86,10 @@ class TidarMeta:
     mask_token_id: int
     alpha: float = 1.0
     masking: Masking = "full"
+    objective: Trained = "tidar"
+    attention: Attention = "causal"
+    label_shift: bool = False
+    span_attention: SpanAttention = "causal"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -91,7 +101,7 @@ class TidarMeta:
             )
         lens = self.draft_lens
         if (
-            not lens
+            (not lens and self.attention == "causal")
             or any(not _is_int(k) or k < 1 for k in lens)
             or list(lens) != sorted(set(lens))
         ):
@@ -105,21 +115,21 @@ class TidarMeta:
             )
         if not _is_number(self.alpha) or not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise TidarError(f'"tidar" entry: alpha must be 0 or more, got {self.alpha!r}')
-        if self.masking not in get_args(Masking):
-            raise TidarError(
-                f'"tidar" entry: masking {self.masking!r} is unknown; '
-                f"allowed: {', '.join(get_args(Masking))}"
-            )
+        choices = {"masking": Masking, "objective": Trained}
+        choices |= {"attention": Attention, "span_attention": SpanAttention}
+        for name, kind in choices.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise TidarError(f'"tidar" entry: {name} {value!r} is unknown; allowed: {allowed}')
+        if not isinstance(self.label_shift, bool):
+            raise TidarError('"tidar" entry: label_shift must be true or false')
 
     def to_json(self) -> Json:
-        """The entry as JSON values."""
-        return {
-            "format_version": self.format_version,
-            "draft_lens": list(self.draft_lens),
-            "mask_token_id": self.mask_token_id,
-            "alpha": self.alpha,
-            "masking": self.masking,
-        }
+        """The entry as JSON values; earlier versions read that of a TiDAR checkpoint."""
+        plain = ("format_version", "draft_lens", "mask_token_id", "alpha", "masking")
+        usual = (self.objective, self.attention) == ("tidar", "causal")
+        names = plain if usual else self.__dataclass_fields__
+        return {n: getattr(self, n) for n in names} | {"draft_lens": list(self.draft_lens)}
 
     @classmethod
     def from_json(cls, entry: object) -> "TidarMeta":

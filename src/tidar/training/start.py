@@ -60,6 +60,8 @@ def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Star
         dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
     if objective.needs_mask:
         meta = objective.meta(prepare_mask_token(net, raw, Tokenizer.load(folder)))
+    elif meta is not None and meta.objective != "tidar":
+        meta = None  # it was trained to be read in another way; now it is a plain causal model
     return Start(net, raw, generation, folder, meta, dtype)
 
 
