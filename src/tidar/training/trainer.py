@@ -18,7 +18,9 @@ import torch
 from transformers import TrainingArguments
 
 from tidar.errors import TidarError
-from tidar.hf_config import Json, TidarMeta, config_from_hf, config_to_hf
+from tidar.families import need_causal
+from tidar.families.fields import Json
+from tidar.hf_config import TidarMeta, config_from_hf, config_to_hf
 from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
@@ -181,6 +183,7 @@ def _make_start(config: TrainConfig, seed: int) -> _Start:
     """The model to train, with a mask token where the objective needs one, float32 on the CPU."""
     if config.base is not None:
         loaded = load_checkpoint(config.base, dtype=torch.float32)
+        need_causal(loaded.config, f"Training for objective {config.objective!r}")
         net, raw, folder = loaded.model, loaded.raw_config, loaded.folder
         generation, meta = loaded.generation_config, loaded.meta
         named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
