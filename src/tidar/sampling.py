@@ -116,6 +116,19 @@ def mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
+def uniform(*counters: Tensor | int) -> Tensor:
+    """A uniform number in [0, 1), float32: a hash of the counters, which broadcast.
+
+    The same on every device. Each counter is mixed in separately, so that none trades for another.
+    """
+    state: Tensor = torch.zeros((), dtype=torch.int64)
+    for counter in counters:
+        if isinstance(counter, Tensor) and state.dim() == 0:
+            state = state.to(counter.device)
+        state = mix(state + counter + 0x5851F42D4C957F2D)
+    return ((state >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
 def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, float32 `[N, V]`: a fixed function of (seed, position, token id).
 

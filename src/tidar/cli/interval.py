@@ -10,7 +10,7 @@ from tidar.layout import dense_schedule
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
 from tidar.training.sources import documents
-from tidar.training.trainer import make_encoding
+from tidar.training.start import make_encoding
 
 if TYPE_CHECKING:
     from pathlib import Path

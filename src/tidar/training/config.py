@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from tidar.errors import TidarError
 from tidar.training.objective import Objective
+from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source
 
 # Set by us from other fields; giving them as well would leave two truths.
@@ -67,7 +68,7 @@ class TrainConfig:
     end_token: str | None = None
     seq_len: int = 1024
     cache_dir: Path | None = None
-    objective: Literal["tidar", "ar"] = "tidar"
+    objective: ObjectiveName = "tidar"
     alpha: float = 1.0
     draft_lens: tuple[int, ...] = (16,)
     masking: Literal["full", "random"] = "full"
@@ -119,17 +120,10 @@ class TrainConfig:
 
     def objective_with(self, seed: int) -> Objective:
         """The objective of this run. Raises TidarError for impossible values."""
-        return Objective(
-            name=self.objective,
-            alpha=self.alpha,
-            draft_lens=self.draft_lens,
-            masking=self.masking,
-            anchors=self.anchors,
-            soft_labels=self.soft_labels,
-            teacher=self.teacher,
-            head_chunk=self.head_chunk,
-            seed=seed,
-        )
+        kind = OBJECTIVES[self.objective]
+        names = {option.name for option in dataclasses.fields(kind)} - {"seed"}
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return kind(seed=seed, **options)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":

@@ -1,0 +1,15 @@
+"""What `tidar train --objective` can learn: one file each, and its name here."""
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from tidar.training.objective import Objective
+from tidar.training.objectives.ar import ArObjective
+from tidar.training.objectives.tidar import TidarObjective
+
+ObjectiveName = Literal["tidar", "ar"]
+
+OBJECTIVES: Final[Mapping[ObjectiveName, type[Objective]]] = {
+    "tidar": TidarObjective,
+    "ar": ArObjective,
+}
