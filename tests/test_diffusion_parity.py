@@ -12,9 +12,9 @@ from tidar.attention import dense_attend
 from tidar.decode.request import Request
 from tidar.layout import Rows, Schedule, dense
 from tidar.methods import Project, Verdict
-from tidar.methods.block_diffusion import Attention, BlockDiffusion, SpanStep
+from tidar.methods.block_diffusion import BlockDiffusion, SpanStep
 from tidar.methods.masked_diffusion import MaskedDiffusion, WholeStep
-from tidar.model import Transformer
+from tidar.model import SpanAttention, Transformer
 from tidar.sampling import SamplingParams
 from tidar.training.objectives.block_diffusion import noised_rows
 from tidar.training.objectives.masked_diffusion import whole_rows
@@ -76,7 +76,7 @@ def hidden_of(model: Transformer, ids: list[int], rows: Rows) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("attention", ["causal", "full"])
 @pytest.mark.parametrize("size", [3, 8])
-def test_spans_of_block_diffusion(family: str, attention: Attention, size: int) -> None:
+def test_spans_of_block_diffusion(family: str, attention: SpanAttention, size: int) -> None:
     """Every pass over every span, half-settled ones too, from the rows of training: packed, noised around it."""
     model = random_model(family)
     mask = model.config.mask_token_id

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from command import ARCH, tidar
+from published import llada_folder
 from training_runs import assert_same, log, make_home, run, settings
 
+from tidar.api import load
 from tidar.cli import interval
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta, config_from_hf
@@ -69,6 +71,15 @@ def test_learns_a_few_texts_by_heart(home: Path, tmp_path: Path, name: str) -> N
             options = ("--method", method, "--ignore-eos", "-n", 9, "--device", "cpu", "--json")
             told = tidar("generate", "alpha beta", "--model", result.model, *options).json
             assert told["tokens"] == 9
+        # Without a name: the method it was trained for, read as it was trained.
+        model = load(result.model, device="cpu")
+        assert model.default_method.split(":")[0] == RUNS[name]["objective"]
+        named = model.generate(
+            "alpha beta", method=METHODS[name][-1], max_new_tokens=9, ignore_eos=True
+        )
+        short = METHODS[name][-1].removesuffix(":full").removesuffix(":entropy:shift")
+        told = model.generate("alpha beta", method=short, max_new_tokens=9, ignore_eos=True)
+        assert told.ids == named.ids
     elif name == "tidar":
         # What earlier versions read: no key that they do not know.
         assert set(entry) == {"format_version", "draft_lens", "mask_token_id", "alpha", "masking"}
@@ -87,17 +98,28 @@ def test_resumed_ends_in_the_same_weights(home: Path, tmp_path: Path, name: str)
     assert log(tmp_path / "cut")[-1]["mask_loss"] == log(tmp_path / "whole")[-1]["mask_loss"]
 
 
-def test_from_ar_to_diffusion_and_back(home: Path, tmp_path: Path) -> None:
-    """Dream's way from autoregressive weights; a causal run over a bidirectional base forgets its entry."""
-    options = {"max_steps": 2, "save_strategy": "no", "arch": None, "tokenizer": None}
-    first = run(home, tmp_path / "ar", objective="ar", **{**options, "arch": str(home / "arch.json"),
-                "tokenizer": str(home / "tokenizer")})  # fmt: skip
-    dream = run(home, tmp_path / "dream", base=str(first.model), **RUNS["dream"], **options)
-    back = run(home, tmp_path / "back", base=str(dream.model), objective="ar", **options)
-    joint = run(home, tmp_path / "joint", base=str(dream.model), objective="tidar", **options)
-    assert "tidar" in json.loads((dream.model / "config.json").read_text())
-    assert "tidar" not in json.loads((back.model / "config.json").read_text())
-    assert "attention" not in json.loads((joint.model / "config.json").read_text())["tidar"]
+def test_what_may_follow_what(home: Path, tmp_path: Path) -> None:
+    """Dream's way from autoregressive weights, and on; what was never read causally is not trained so."""
+    options = {"max_steps": 2, "save_strategy": "no"}
+    first = run(home, tmp_path / "ar", objective="ar", **options).model
+    options |= {"arch": None, "tokenizer": None}
+    dream = run(home, tmp_path / "dream", base=str(first), **RUNS["dream"], **options).model
+    llada = run(home, tmp_path / "llada", base=str(dream), **RUNS["llada"], **options).model
+    config = load_checkpoint(llada).config
+    assert (config.attention, config.label_shift) == ("bidirectional", False)
+    for objective in ("ar", "tidar", "block-diffusion"):
+        with pytest.raises(TidarError, match=f"objective '{objective}' reads causally"):
+            run(home, tmp_path / "none", base=str(dream), objective=objective, **options)
+    block = run(home, tmp_path / "block", base=str(first), **RUNS["block"], **options).model
+    back = run(home, tmp_path / "back", base=str(block), objective="ar", **options).model
+    assert "tidar" not in json.loads((back / "config.json").read_text())
+
+
+def test_published_families_are_no_base(home: Path, tmp_path: Path) -> None:
+    llada_folder(tmp_path / "llada")
+    changes = {"base": str(tmp_path / "llada"), "arch": None, "tokenizer": None, **RUNS["llada"]}
+    with pytest.raises(TidarError, match="llada checkpoint, which opens for decoding alone"):
+        run(home, tmp_path / "out", **changes)
 
 
 @pytest.mark.parametrize("name", ["tidar", *METHODS])

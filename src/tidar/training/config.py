@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tidar.errors import TidarError
-from tidar.hf_config import Masking, SpanAttention
+from tidar.hf_config import Masking
+from tidar.model import SpanAttention
 from tidar.training.objective import Objective
 from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source

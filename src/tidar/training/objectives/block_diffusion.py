@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.hf_config import SpanAttention, TidarMeta
+from tidar.hf_config import TidarMeta
 from tidar.layout import IGNORE, Rows, training_labels, training_rows
-from tidar.model import Transformer
+from tidar.model import SpanAttention, Transformer
 from tidar.training.noise import hide, linear_shares
 from tidar.training.objective import Attention, Objective, Sums, TrainingModel
 from tidar.training.spans import Anchors, Documents, SpanGrid, texts_of
