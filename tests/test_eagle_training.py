@@ -232,6 +232,7 @@ def test_a_trained_head_decodes(tmp_path: Path) -> None:
     model = checkpoint("bundled")
     head = load_eagle_head(str(ran["model"]), model.config)
     assert (head.draft_vocab_size, head.taps) == (500, (0, 3, 6))
+    assert ran["methods"] == [f"eagle:{ran['model']}:4"]
     told = tidar(*fixed, "--method", f"eagle:{ran['model']}:4").json
     assert told["ids"] == plain["ids"]
     assert int(str(told["forwards"])) < 0.7 * int(str(plain["forwards"]))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tidar.eagle_head import EagleConfig, EagleHead, published_taps
 from tidar.errors import TidarError
-from tidar.hf_config import Json, config_from_hf, config_to_hf, find_folder, read_json
+from tidar.families.fields import Json
+from tidar.hf_config import config_from_hf, config_to_hf, find_folder, read_json
 from tidar.model import ModelConfig
 from tidar.tensor_files import layer_slots, some, write_json
 from tidar.whole_folder import whole_folder

@@ -59,6 +59,7 @@ class EagleConfig:
         layer = replace(
             target, model_type="llama", num_layers=1, tie_embeddings=False, attention_bias=False,
             output_bias=False, mlp_bias=False, qk_norm=False, mask_token_id=None,
+            span_attention="causal",
         )  # fmt: skip
         return cls(
             layer=layer,

@@ -2,25 +2,27 @@
 
 A folder that opens here gives the logits that it gives in `transformers`, or does not open; a
 folder written here opens in `transformers` as the plain autoregressive model (law 8 of the design).
+LLaDA and Dream are no models of `transformers`: their folders open and are written as their published
+code has them.
 """
 
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 
 from tidar.errors import TidarError
+from tidar.families import FAMILIES
+from tidar.families.fields import Json
 from tidar.hf_config import (
-    ARCHITECTURES,
-    Json,
     TidarMeta,
-    config_from_hf,
     config_to_hf,
     find_folder,
+    read_config,
     read_json,
     read_meta,
     token_ids,
@@ -56,7 +58,7 @@ class Checkpoint:
     Attributes:
         model: on the device and in the dtype asked for, in evaluation mode.
         config: the model's, mask token included.
-        meta: the `"tidar"` entry; None for a plain autoregressive checkpoint.
+        meta: the `"tidar"` entry; None for a checkpoint as it was published.
         raw_config: config.json as read.
         generation_config: generation_config.json as read, empty where there is none.
         source: the path or hub id that was asked for.
@@ -78,7 +80,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> Checkpoint:
-    """Open a Hugging Face folder of one of the four families, converted or not.
+    """Open a Hugging Face folder of one of the families, converted or not.
 
     Args:
         path_or_hub_id: a local folder, or `owner/name` on the hub (fetched into its cache).
@@ -94,8 +96,7 @@ def load_checkpoint(
     raw = read_json(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    meta = read_meta(raw, generation)
-    config = config_from_hf(raw, mask_token_id=meta.mask_token_id if meta else None)
+    config, meta = read_config(raw, generation)
     files = find_weights(folder)
     model = _empty_model(config, device, _resolve_dtype(dtype, raw, files))
     fill_model(model, files)
@@ -185,11 +186,15 @@ def _config_json(
     # Code of the base is not copied along, and what `tidar` and `torch_dtype` said is said anew.
     for key in ("tidar", "auto_map", "torch_dtype"):
         raw.pop(key, None)
-    raw.update(vocab_size=config.vocab_size, dtype=name)
-    raw.setdefault("architectures", [ARCHITECTURES[config.model_type]])
+    family = FAMILIES[config.model_type]
+    raw.update({family.rows_key: config.vocab_size, "dtype": name})
+    raw.setdefault("architectures", [family.architecture])
     if meta is not None:
         raw["tidar"] = meta.to_json()
-    if config_from_hf(raw, mask_token_id=config.mask_token_id) != config:
+    described, _ = read_config(raw, {})
+    if meta is None and not family.own_mask:  # nothing in config.json names the mask token
+        described = replace(described, mask_token_id=config.mask_token_id)
+    if described != config:
         raise TidarError("raw_config describes another network than the model that is to be saved")
     return raw
 

@@ -247,14 +247,14 @@ def load_subject(
     else:
         checkpoint = load_checkpoint(source, device=device, dtype=dtype)
         network, folder, meta = checkpoint.model, checkpoint.folder, checkpoint.meta
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     facts = {
         "source": told,
         "parameters": num_parameters(network.config),
         "random_weights": random_weights,
         "trained_draft_lens": list(meta.draft_lens) if meta else [],
     }
-    return network, Tokenizer.load(folder) if has_tokenizer else None, {"model": facts}
+    tokenizer = Tokenizer.load(folder) if Tokenizer.is_in(folder) else None
+    return network, tokenizer, {"model": facts}
 
 
 def _measure(

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from tidar.eagle_files import save_eagle_head
 from tidar.eagle_head import EagleConfig, EagleHead
 from tidar.errors import TidarError
-from tidar.hf_config import TidarMeta
 from tidar.layout import IGNORE, Rows, dense, document_rows, training_labels
 from tidar.model import Transformer, flops_per_row
 from tidar.training.chunked import even_chunk
@@ -61,10 +60,6 @@ class EagleObjective(Objective):
             )
         if self.ttt_length < 1:
             raise TidarError(f"ttt_length is {self.ttt_length}; it must be at least 1.")
-
-    def meta(self, mask_token_id: int) -> TidarMeta:
-        """See `Objective`: never asked."""
-        raise AssertionError("an EAGLE head has no entry")
 
     def model(
         self, net: Transformer, *, attention: Attention = "dense", fast: bool = False
