@@ -161,6 +161,8 @@ def test_every_objective_takes_its_options_from_the_configuration(
 ) -> None:
     for name in OBJECTIVES:
         values = settings(home, tmp_path, objective=name, seed=9, head_chunk=7, anchors="grid")
+        if name == "eagle":  # never from scratch
+            values.update(base="base", arch=None, tokenizer=None)
         objective = TrainConfig.from_mapping(values).objective_with(11)
         assert type(objective) is OBJECTIVES[name]
         assert (objective.seed, objective.head_chunk) == (11, 7)
