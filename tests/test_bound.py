@@ -1,6 +1,7 @@
 """The Monte Carlo bound of diffusion methods, against its definition: every mask, each in a pass of its own."""
 
 import copy
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -282,6 +283,9 @@ def test_greedy_is_what_decoding_writes(name: str) -> None:
 
 def test_readings_of_methods() -> None:
     config = MODEL.config
+    full = dataclasses.replace(config, span_attention="full")
+    assert reading_of(parse_method("block-diffusion:8:0.5"), full) == SpanReading(8, "full")
+    assert reading_of(parse_method("block-diffusion:8:0.5:causal"), full) == SpanReading(8)
     for name, reading in (
         ("ar", None),
         ("tidar:4:dense", None),

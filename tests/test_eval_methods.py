@@ -190,6 +190,9 @@ def test_mistakes(home: Path) -> None:
         "eval", home / "drafts", *options(home, "text"), "--methods", "speculative:nowhere:3"
     )
     assert "nowhere" in says
+    for task in ("text", "stepmath"):
+        says = refused("eval", home / "drafts", *options(home, task), "--seed", 1 << 63)
+        assert "seed is 9223372036854775808" in says
     assert "mc-samples" in refused(
         "eval", home / "drafts", *options(home, "text"), "--mc-samples", 0
     )

@@ -94,6 +94,8 @@ class LanguageModel:
         """The best that the checkpoint can do: what decodes where no method is named."""
         if self.network.config.attention == "bidirectional":
             return default_method(self.network.config)
+        if self.meta and self.meta.objective == "block-diffusion":
+            return f"block-diffusion:{self.draft_len}:0.9"
         return "tidar" if self.meta else "ar"
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -137,10 +139,10 @@ class LanguageModel:
         repeatable: the text must not depend on timings, as it would with rejection sampling or beta below
         1 under a measured plan; "plan" then means all spans. Raises TidarError for impossible arguments.
         """
-        if method not in (None, "tidar", "ar"):
-            raise TidarError(f"method is {method!r}; here it must be 'tidar' or 'ar'.")
         method = method or self.default_method
         need_causal(self.network.config, f"Method {method!r}")
+        if method not in ("tidar", "ar"):
+            raise TidarError(f"method is {method!r}; here it must be 'tidar' or 'ar'.")
         if method == "ar":
             return PlanSpec(AUTOREGRESSIVE)
         if self.meta is None:

@@ -15,9 +15,10 @@ from typing import Any, Final, Literal, get_args
 from tidar.errors import TidarError
 from tidar.families import FAMILIES, find_family
 from tidar.families.fields import Json, is_int, is_number, whole_number
-from tidar.model import Attention, ModelConfig
+from tidar.model import Attention, ModelConfig, SpanAttention
 
 Masking = Literal["full", "random"]
+Trained = Literal["tidar", "block-diffusion", "masked-diffusion"]
 
 FORMAT_VERSION: Final = 1
 _HUB_FILES: Final = [
@@ -38,12 +39,14 @@ class TidarMeta:
     """The `"tidar"` entry of `config.json`: how the mask rows were trained.
 
     Attributes:
-        draft_lens: values of K (mask rows per span) in training, ascending; may be none where there were no spans,
+        draft_lens: values of K (mask rows per span) in training, ascending; none where there were no spans,
             which is so with bidirectional attention.
         mask_token_id: the token id that fills mask rows.
         alpha: weight of the causal loss, `(alpha * causal + mask) / (1 + alpha)`.
         masking: every row of a span masked, or some of them real tokens.
-        attention, label_shift: see `ModelConfig`; masked diffusion is trained with bidirectional attention.
+        objective: what was learned.
+        attention, label_shift, span_attention: see `ModelConfig`; masked diffusion is trained with
+            bidirectional attention.
         format_version: of this entry.
     """
 
@@ -51,8 +54,10 @@ class TidarMeta:
     mask_token_id: int
     alpha: float = 1.0
     masking: Masking = "full"
+    objective: Trained = "tidar"
     attention: Attention = "causal"
     label_shift: bool = False
+    span_attention: SpanAttention = "causal"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -78,16 +83,12 @@ class TidarMeta:
             )
         if not is_number(self.alpha) or not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise TidarError(f'"tidar" entry: alpha must be 0 or more, got {self.alpha!r}')
-        if self.masking not in get_args(Masking):
-            raise TidarError(
-                f'"tidar" entry: masking {self.masking!r} is unknown; '
-                f"allowed: {', '.join(get_args(Masking))}"
-            )
-        if self.attention not in get_args(Attention):
-            raise TidarError(
-                f'"tidar" entry: attention {self.attention!r} is unknown; '
-                f"allowed: {', '.join(get_args(Attention))}"
-            )
+        choices = {"masking": Masking, "objective": Trained}
+        choices |= {"attention": Attention, "span_attention": SpanAttention}
+        for name, kind in choices.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise TidarError(f'"tidar" entry: {name} {value!r} is unknown; allowed: {allowed}')
         if not isinstance(self.label_shift, bool):
             raise TidarError(
                 f'"tidar" entry: label_shift must be true or false, got {self.label_shift!r}'
@@ -96,17 +97,20 @@ class TidarMeta:
             raise TidarError('"tidar" entry: label_shift goes with bidirectional attention alone')
 
     def to_json(self) -> Json:
-        """The entry as JSON values; how rows see each other is told where it is not causal."""
-        entry: Json = {
-            "format_version": self.format_version,
-            "draft_lens": list(self.draft_lens),
-            "mask_token_id": self.mask_token_id,
-            "alpha": self.alpha,
-            "masking": self.masking,
-        }
-        if self.attention != "causal":
-            entry.update(attention=self.attention, label_shift=self.label_shift)
-        return entry
+        """The entry as JSON values; earlier versions read that of a TiDAR checkpoint."""
+        plain = ("format_version", "draft_lens", "mask_token_id", "alpha", "masking")
+        usual = (self.objective, self.attention) == ("tidar", "causal")
+        names = plain if usual else self.__dataclass_fields__
+        return {n: getattr(self, n) for n in names} | {"draft_lens": list(self.draft_lens)}
+
+    def read_by(self, config: ModelConfig) -> ModelConfig:
+        """The network, with how its rows were read in this training."""
+        return replace(
+            config,
+            attention=self.attention,
+            label_shift=self.label_shift,
+            span_attention=self.span_attention,
+        )
 
     @classmethod
     def from_json(cls, entry: object) -> "TidarMeta":
@@ -175,7 +179,7 @@ def read_config(
     meta = read_meta(raw, generation)
     config = config_from_hf(raw, mask_token_id=meta.mask_token_id if meta else None)
     if meta is not None:
-        return replace(config, attention=meta.attention, label_shift=meta.label_shift), meta
+        return meta.read_by(config), meta
     if config.mask_token_id is not None:
         _refuse_mask_in_use("config.json", config.mask_token_id, raw, generation)
     return config, None

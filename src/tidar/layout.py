@@ -28,8 +28,8 @@ class Rows:
     """Attributes of the rows of a forward pass; four int64 tensors of one shape, `[N]` or `[B, N]`.
 
     `anchor` is the number of clean tokens of its own document that a row sees: the span's anchor for a
-    mask row, `position + 1` for a clean one. Span ids are unique within a batch row; rows of a document
-    that does not exist (padding) may use any otherwise unused document id.
+    mask row, `position + 1` for a clean one that reads causally. Span ids are unique within a batch row;
+    rows of a document that does not exist (padding) may use any otherwise unused document id.
     """
 
     position: Tensor

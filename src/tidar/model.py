@@ -22,6 +22,7 @@ from tidar.errors import TidarError
 
 ModelType = Literal["llama", "mistral", "qwen2", "qwen3", "llada", "Dream"]
 Attention = Literal["causal", "bidirectional"]
+SpanAttention = Literal["causal", "full"]
 RopeKind = Literal["default", "linear", "yarn", "llama3"]
 MODEL_TYPES: Final[tuple[str, ...]] = get_args(ModelType)
 ROPE_KINDS: Final[tuple[str, ...]] = get_args(RopeKind)
@@ -86,7 +87,8 @@ class ModelConfig:
     """All that decides shapes, arithmetic and how rows are read; made from `config.json` by `tidar.hf_config`.
 
     attention: how rows saw each other in training; the network itself asks `attend`. label_shift: with bidirectional
-    attention, the row before a position predicts it, not the row at it.
+    attention, the row before a position predicts it, not the row at it. span_attention: in block diffusion, what
+    clean rows saw: those before them, or all of their own span as well.
     """
 
     model_type: ModelType
@@ -108,6 +110,7 @@ class ModelConfig:
     mask_token_id: int | None = None
     attention: Attention = "causal"
     label_shift: bool = False
+    span_attention: SpanAttention = "causal"
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot make a network."""

@@ -237,6 +237,11 @@ def _training(facts: dict[str, Any]) -> str:
         return (
             f"trained with K = {lens}, mask token {meta['mask_token_id']}, alpha {meta['alpha']:g}, "
             f"masking {meta['masking']}"
+            + (
+                f"; for {meta['objective']}, clean rows {meta['span_attention']}"
+                if "objective" in meta
+                else ""
+            )
         )
     if meta is not None:
         return f"trained for masked diffusion, mask token {meta['mask_token_id']}"

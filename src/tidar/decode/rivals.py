@@ -11,10 +11,10 @@ from tidar.errors import TidarError
 from tidar.families import need_causal
 from tidar.layout import Schedule
 from tidar.methods import Method
-from tidar.methods.block_diffusion import Attention, BlockDiffusion
+from tidar.methods.block_diffusion import BlockDiffusion
 from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from tidar.methods.speculative import DraftModel, Speculative
-from tidar.model import ModelConfig, Transformer
+from tidar.model import ModelConfig, SpanAttention, Transformer
 from tidar.tokens import Tokenizer
 from tidar.weights import load_checkpoint
 
@@ -107,15 +107,16 @@ def _mask_of(target: Target) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockDiffusionRival:
-    """`block-diffusion:K:THRESHOLD`, and `:full` for checkpoints trained so; see `BlockDiffusion`."""
+    """`block-diffusion:K:THRESHOLD`, then `causal` or `full`, if not as trained; see `BlockDiffusion`."""
 
     threshold: float
-    attention: Attention
+    attention: SpanAttention | None = None
     exact: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = True
 
     def method(self, target: Target, max_batch: int) -> BlockDiffusion:
-        return BlockDiffusion(_mask_of(target), self.threshold, self.attention)
+        attention = self.attention or target.model.config.span_attention
+        return BlockDiffusion(_mask_of(target), self.threshold, attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +187,12 @@ def _parse_speculative(text: str, rest: list[str]) -> tuple[str, Schedule, Rival
 
 
 def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
-    attention: Attention = "full" if rest[2:] == ["full"] else "causal"
-    if len(rest) < 2 or rest[2:] not in ([], ["full"], ["causal"]):
+    said: dict[str, SpanAttention | None] = {"": None, ":full": "full", ":causal": "causal"}
+    end = "".join(f":{part}" for part in rest[2:])
+    if len(rest) < 2 or end not in said:
         raise TidarError(
             f"method {text!r} is not understood: give block-diffusion:K:THRESHOLD, such as "
-            "block-diffusion:16:0.9, and :full for a checkpoint whose clean rows see their whole span."
+            "block-diffusion:16:0.9, then :full (clean rows see their whole span) or :causal if not the checkpoint's."
         )
     try:
         threshold = float(rest[1])
@@ -199,8 +201,8 @@ def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, R
     if not 0.0 <= threshold <= 1.0:
         raise TidarError(f"method {text!r}: {rest[1]!r} is not a confidence from 0 to 1.")
     size = _number(rest[0], text)
-    name = f"block-diffusion:{size}:{threshold:g}" + (":full" if attention == "full" else "")
-    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, attention)
+    name = f"block-diffusion:{size}:{threshold:g}{end}"
+    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, said[end])
 
 
 def _parse_masked_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:

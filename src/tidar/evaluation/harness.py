@@ -29,6 +29,7 @@ from tidar.errors import TidarError
 from tidar.evaluation.bound import SAMPLES, score_bound
 from tidar.evaluation.likelihood import Pair, Score, Work, score
 from tidar.evaluation.readings import reading_of
+from tidar.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 256
 """Of a task that says nothing, as the harness's `hf` model has it."""
@@ -203,6 +204,7 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.reading = reading_of(self.spec, self.network.config)
         self.batch = _at_least_one("batch_size", batch_size or 8)
         self.mc_samples = _at_least_one("mc_samples", mc_samples)
+        SamplingParams(seed=seed, temperature=temperature or 0.0)  # refuses impossible ones
         self.engine, self.temperature, self.seed = engine, temperature, seed
         self.progress = progress or Silent()
         self._device = self.network.embed.weight.device

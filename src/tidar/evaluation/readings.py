@@ -10,8 +10,7 @@ from torch import Tensor
 from tidar.decode.rivals import BlockDiffusionRival, MaskedDiffusionRival
 from tidar.decode.spec import MethodSpec
 from tidar.layout import Rows, clean_rows, dense, span_rows
-from tidar.methods.block_diffusion import Attention
-from tidar.model import ModelConfig
+from tidar.model import ModelConfig, SpanAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class SpanReading:
     """
 
     size: int
-    attention: Attention = "causal"
+    attention: SpanAttention = "causal"
 
     @property
     def name(self) -> str:
@@ -84,7 +83,7 @@ class SpanReading:
 
 
 @lru_cache(maxsize=64)
-def _span_sheet(size: int, attention: Attention, context: int, continuation: int) -> Sheet:
+def _span_sheet(size: int, attention: SpanAttention, context: int, continuation: int) -> Sheet:
     end = context + continuation
     first = context if attention == "causal" else context // size * size
     anchors = range(first, end, size)
@@ -107,5 +106,6 @@ def reading_of(spec: MethodSpec, config: ModelConfig) -> Reading | None:
         return WholeReading(spec.rival.shifts(config))
     if isinstance(spec.rival, BlockDiffusionRival):
         assert spec.schedule is not None
-        return SpanReading(spec.schedule.draft_len, spec.rival.attention)
+        attention = spec.rival.attention or config.span_attention
+        return SpanReading(spec.schedule.draft_len, attention)
     return None

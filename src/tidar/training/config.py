@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tidar.errors import TidarError
+from tidar.hf_config import Masking
+from tidar.model import SpanAttention
 from tidar.training.objective import Objective
 from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source
+from tidar.training.spans import Anchors, Documents
 
 # Set by us from other fields; giving them as well would leave two truths.
 _TAKEN: Final = {
@@ -51,11 +54,13 @@ class TrainConfig:
     scratch. arch: JSON or YAML file with the fields of a Hugging Face config.json. data, eval_data:
     what to learn; held-out data by name. seq_len: clean tokens per sequence. A multiple of 128 on a
     GPU. compile, attention: "auto" is compiled FlexAttention on a GPU and plain dense attention on
-    a CPU. min_lr_ratio: final over highest learning rate of the default schedule (cosine after a
-    warm-up). eval_every: steps between held-out losses and calls of `on_interval`; 0 is never.
-    eval_sequences: sequences of each held-out set that are used. save_dtype: of the final model;
-    "auto" is the base's, or float32 from scratch. peak_tflops: of one device, for the model FLOPs
-    utilisation; 0 looks the device up. resume: carry on from the last whole checkpoint in `out`.
+    a CPU. objective: what to learn; alpha to documents are options of objectives, each of which takes
+    those of its fields (`tidar.training.objectives`). min_lr_ratio: final over highest learning rate
+    of the default schedule (cosine after a warm-up). eval_every: steps between held-out losses and
+    calls of `on_interval`; 0 is never. eval_sequences: sequences of each held-out set that are used.
+    save_dtype: of the final model; "auto" is the base's, or float32 from scratch. peak_tflops: of one
+    device, for the model FLOPs utilisation; 0 looks the device up. resume: carry on from the last
+    whole checkpoint in `out`.
     """
 
     out: Path
@@ -71,10 +76,13 @@ class TrainConfig:
     objective: ObjectiveName = "tidar"
     alpha: float = 1.0
     draft_lens: tuple[int, ...] = (16,)
-    masking: Literal["full", "random"] = "full"
-    anchors: Literal["grid", "random"] = "grid"
+    masking: Masking = "full"
+    anchors: Anchors = "grid"
     soft_labels: float = 0.0
     teacher: Literal["causal", "base"] = "causal"
+    label_shift: bool = False
+    span_attention: SpanAttention = "causal"
+    documents: Documents = "apart"
     head_chunk: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
@@ -112,7 +120,8 @@ class TrainConfig:
                 "optimizer muon, or optim with optimizer adamw."
             )
         self.objective_with(seed=0)
-        if self.objective == "tidar" and max(self.draft_lens) > self.seq_len:
+        spans = self.objective in ("tidar", "block-diffusion")
+        if spans and max(self.draft_lens) > self.seq_len:
             raise TidarError(
                 f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
                 "a span must fit a sequence."

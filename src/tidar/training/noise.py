@@ -23,14 +23,27 @@ def draw_shares(seed: int, batch: dict[str, Tensor], group: Tensor) -> Tensor:
     return 1.0 - uniform(seed, 3, epoch, index, group)
 
 
-def hide(
-    seed: int, batch: dict[str, Tensor], ids: Tensor, share: Tensor, mask_id: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, L]` with a `share` `[B, L]` of them hidden, and each row's weight.
+def linear_shares(seed: int, batch: dict[str, Tensor], group: Tensor) -> Tensor:
+    """Shares `[B, L]` as LLaDA, BD3-LM and SDAR draw them: uniform from `SMALLEST_SHARE` to 1."""
+    return SMALLEST_SHARE + (1.0 - SMALLEST_SHARE) * draw_shares(seed, batch, group)
 
-    The weight is 1 / share for a hidden row and 0 for one that kept its token.
+
+def hide(
+    seed: int,
+    batch: dict[str, Tensor],
+    share: Tensor,
+    mask_id: int,
+    may_hide: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The token ids of a batch `[B, L]` with a `share` `[B, L]` of them hidden, and each row's weight.
+
+    The weight is 1 / share for a hidden row and 0 for one that kept its token. may_hide: bool
+    `[B, L]`, rows that may be hidden at all.
     """
+    ids = batch["input_ids"]
     epoch, index = batch["epoch"].unsqueeze(1), batch["index"].unsqueeze(1)
     place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     hidden = uniform(seed, 4, epoch, index, place) < share
+    if may_hide is not None:
+        hidden &= may_hide
     return torch.where(hidden, mask_id, ids), hidden / share

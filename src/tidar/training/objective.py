@@ -49,9 +49,9 @@ class Objective(ABC):
         if self.head_chunk < 0:
             raise TidarError(f"head_chunk is {self.head_chunk}; it must be 0 (automatic) or more.")
 
-    @abstractmethod
-    def meta(self, mask_token_id: int) -> TidarMeta:
-        """What a checkpoint says about this training; only asked of objectives that need a mask."""
+    def meta(self, mask_token_id: int) -> TidarMeta | None:
+        """What the checkpoint says of this training; None where it is a plain autoregressive one."""
+        return None
 
     @abstractmethod
     def model(

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tidar.errors import TidarError
-from tidar.families import need_causal
+from tidar.families import FAMILIES, find_family, need_causal
 from tidar.families.fields import Json
 from tidar.hf_config import TidarMeta, config_from_hf, config_to_hf
 from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
 from tidar.training.data import Encoding
-from tidar.weights import init_model, load_checkpoint
+from tidar.weights import Checkpoint, init_model, load_checkpoint
 
 if TYPE_CHECKING:
     from tidar.training.config import TrainConfig
@@ -44,7 +44,7 @@ def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Star
     """
     if config.base is not None:
         loaded = load_checkpoint(config.base, dtype=torch.float32)
-        need_causal(loaded.config, f"Training for objective {config.objective!r}")
+        _check_base(loaded, config.objective)
         net, raw, folder = loaded.model, loaded.raw_config, loaded.folder
         generation, meta = loaded.generation_config, loaded.meta
         named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
@@ -63,7 +63,22 @@ def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Star
         dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
     if objective.needs_mask:
         meta = objective.meta(prepare_mask_token(net, raw, Tokenizer.load(folder)))
+    elif meta is not None and meta.objective != "tidar":
+        meta = None  # it was trained to be read in another way; now it is a plain causal model
+    if meta is not None:
+        net.config = meta.read_by(net.config)
     return Start(net, raw, generation, folder, meta, dtype)
+
+
+def _check_base(base: Checkpoint, objective: str) -> None:
+    """Raises TidarError for a base whose rows see what this objective's rows never do."""
+    if objective != "masked-diffusion":
+        need_causal(base.config, f"Training for objective {objective!r}")
+    if find_family(base.raw_config).own_mask:
+        raise TidarError(
+            f"{base.source} is a {base.config.model_type} checkpoint, which opens for decoding alone; "
+            f"train from {', '.join(name for name in FAMILIES if not FAMILIES[name].own_mask)}."
+        )
 
 
 def read_arch(path: Path) -> Json:

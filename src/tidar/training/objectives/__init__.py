@@ -5,11 +5,15 @@ from typing import Final, Literal
 
 from tidar.training.objective import Objective
 from tidar.training.objectives.ar import ArObjective
+from tidar.training.objectives.block_diffusion import BlockDiffusionObjective
+from tidar.training.objectives.masked_diffusion import MaskedDiffusionObjective
 from tidar.training.objectives.tidar import TidarObjective
 
-ObjectiveName = Literal["tidar", "ar"]
+ObjectiveName = Literal["tidar", "ar", "block-diffusion", "masked-diffusion"]
 
 OBJECTIVES: Final[Mapping[ObjectiveName, type[Objective]]] = {
     "tidar": TidarObjective,
     "ar": ArObjective,
+    "block-diffusion": BlockDiffusionObjective,
+    "masked-diffusion": MaskedDiffusionObjective,
 }

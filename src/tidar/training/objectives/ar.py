@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tidar.hf_config import TidarMeta
 from tidar.layout import IGNORE, document_rows, training_labels
 from tidar.model import Transformer
 from tidar.training.objective import Attention, Objective, Sums, TrainingModel
@@ -16,10 +15,6 @@ class ArObjective(Objective):
     """The plain causal loss; it has no options of its own."""
 
     needs_mask: ClassVar[bool] = False
-
-    def meta(self, mask_token_id: int) -> TidarMeta:
-        """See `Objective`: never asked."""
-        raise AssertionError("a plain autoregressive checkpoint has no entry")
 
     def model(
         self, net: Transformer, *, attention: Attention = "dense", fast: bool = False

@@ -94,7 +94,7 @@ def mask_half(
         return torch.full_like(ids, mask_id), None
     # Rows are drawn by the bounded share as well, so the weight stays unbiased.
     share = draw_shares(objective.seed, batch, span).clamp(min=SMALLEST_SHARE)
-    return hide(objective.seed, batch, ids, share, mask_id)
+    return hide(objective.seed, batch, share, mask_id)
 
 
 class TidarModel(TrainingModel):
