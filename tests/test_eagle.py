@@ -1,6 +1,7 @@
 """EAGLE-3: what the head reads and drafts, every path of a tree, caches from scratch, law 4, by name."""
 
 import copy
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -507,3 +508,6 @@ def test_where_it_does_not_run(folder: Path) -> None:
     assert "plain engine" in refused("generate", "x", "--method", name, "--engine", "paged")
     assert "no schedule" in refused("profile", "--methods", name, "--device", "cpu")
     assert "architectures" in refused("generate", "x", "--method", f"eagle:{BUNDLED}:4")
+    bidirectional = dataclasses.replace(checkpoint("bundled").config, attention="bidirectional")
+    with pytest.raises(TidarError, match="masked-diffusion"):
+        parse_method(name).check(bidirectional)
