@@ -19,7 +19,7 @@ from training_runs import assert_same, log, make_home, run
 from tidar.decode.request import Request
 from tidar.eagle_files import load_eagle_head
 from tidar.layout import IGNORE, document_rows, training_labels
-from tidar.methods.eagle import DraftHead, Rows
+from tidar.methods.eagle import DraftHead, Pairs
 from tidar.methods.tree import chain
 from tidar.training.objectives.eagle import DECAY, EagleModel, EagleObjective
 from tidar.weights import load_checkpoint
@@ -77,7 +77,7 @@ def test_training_equals_decoding() -> None:
                 nodes = list(range(1, step + 2))
                 features = torch.cat((root, outputs)) if step else root
                 tokens = tuple(text[last + 2 : last + 3 + step])
-                rows_of = {7: Rows(tokens, features, tuple(range(step + 1)))}
+                rows_of = {7: Pairs(tokens, features, tuple(range(step + 1)))}
                 outputs = draft.run(rows_of, tree.visible[nodes][:, nodes])[7]
             draft.leave(7)
     assert compared > 100

@@ -39,8 +39,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of one sequence for one pass of the head; offsets: positions, from those that its cache holds."""
+class Pairs:
+    """Rows of one sequence for one pass of the head: a feature, and the token behind it.
+
+    features: `[rows, hidden_size]`. offsets: positions, counted from those that its cache holds.
+    """
 
     tokens: tuple[int, ...]
     features: Tensor
@@ -51,7 +54,7 @@ class DraftHead:
     """Mutable: the head, and its keys and values of the running sequences.
 
     Invariant between steps: what is in the cache of a sequence and its unread pairs are its committed
-    positions, all with true features. Rows of drafts are written behind them and never kept.
+    positions, all with true features. Pairs of drafts are written behind them and never kept.
     """
 
     def __init__(self, head: EagleHead, target: Transformer, max_batch: int) -> None:
@@ -87,7 +90,7 @@ class DraftHead:
         for request_id in request_ids:
             place = self.places[request_id]
             size = len(place.tokens)
-            rows[request_id] = Rows(place.tokens, place.features, tuple(range(size)))
+            rows[request_id] = Pairs(place.tokens, place.features, tuple(range(size)))
         width = max(len(each.tokens) for each in rows.values())
         outputs = self.run(rows, causal(width))
         for request_id in request_ids:
@@ -96,7 +99,7 @@ class DraftHead:
             place.features, place.tokens = place.features[:0], ()
         return {request_id: output[-1:] for request_id, output in outputs.items()}
 
-    def run(self, rows: Mapping[int, Rows], visible: Tensor) -> dict[int, Tensor]:
+    def run(self, rows: Mapping[int, Pairs], visible: Tensor) -> dict[int, Tensor]:
         """One pass over rows of sequences, by request id; outputs `[rows, hidden_size]` of each.
 
         visible: bool `[W, W]`, for the longest. The pass covers all slots between the first and the last,
@@ -257,7 +260,7 @@ class Eagle:
         depths = tuple(self.tree.depths[node] - 1 for node in nodes)
         parent = {child: p for p, group in enumerate(self.tree.children) for child in group}
         rows = {
-            guess.pending.request_id: Rows(
+            guess.pending.request_id: Pairs(
                 tuple(guess.tokens.get(node, 0) for node in nodes),
                 torch.cat([guess.outputs[parent[node]] for node in nodes]),
                 depths,
