@@ -10,13 +10,17 @@ import torch
 from models import random_model
 from scripted import method
 
+from tidar.attention import dense_attend
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import FinishReason, Request, StepEvent
+from tidar.eagle_head import EagleConfig, EagleHead
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.methods import Method
 from tidar.methods.block_diffusion import BlockDiffusion
+from tidar.methods.eagle import DraftHead, Eagle
 from tidar.methods.masked_diffusion import MaskedDiffusion
 from tidar.methods.speculative import DraftModel, Speculative
+from tidar.methods.tree import Tree, chain, spread
 from tidar.model import Transformer
 
 FAMILY = "llama"
@@ -44,6 +48,57 @@ def speculative(model: Transformer, draft: Transformer, max_batch: int) -> Specu
         vocab_size=config.vocab_size,
         mask_token_id=config.mask_token_id,
     )
+
+
+def random_head(
+    model: Transformer, draft_vocab: Sequence[int], *, seed: int = 0, width: float = 0.25
+) -> EagleHead:
+    """A head of random weights that drafts these tokens. It is in evaluation mode."""
+    head = EagleHead(EagleConfig.for_model(model.config, len(draft_vocab)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.normal_(0.0, width, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+    head.set_vocabulary(draft_vocab)
+    return head.to(model.embed.weight).eval()
+
+
+@cache
+def fitted_head(limit: int = 96) -> EagleHead:
+    """A head whose first guesses are often, not always, the target's choices: fitted to texts of it."""
+    model = target(limit)
+    head = random_head(model, range(model.config.vocab_size - 3), width=0.05)
+    size = 24
+    prompts = torch.randint(0, 36, (96, 2), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(size).expand(len(prompts), -1)
+    ids, causal = prompts, dense_attend(is_causal=True)
+    with torch.no_grad():
+        while ids.shape[1] < size + 1:
+            hidden = model(ids, positions[:, : ids.shape[1]], causal)
+            ids = torch.cat((ids, model.logits(hidden[:, -1:]).argmax(-1)), dim=1)
+        _, tapped = model.forward_with_taps(ids[:, :size], positions, causal, head.taps)
+        labels = ids[:, 2:].clamp(max=head.draft_vocab_size - 1)
+        embedded = model.embed(ids[:, 1:])
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    for _ in range(120):
+        output = head(embedded, head.fuse(torch.cat(tapped, dim=-1)), positions, causal)
+        logits = head.draft_logits(output[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.requires_grad_(False).eval()
+
+
+def eagle(model: Transformer, head: EagleHead, tree: Tree, max_batch: int) -> Engine:
+    method = Eagle(DraftHead(head, model, max_batch), tree)
+    return Engine(model, method, FixedPlan(Schedule(tree.depth + 1, ())), max_batch=max_batch)
+
+
+def _eagle(head: Callable[[int], EagleHead], tree: Tree) -> "Make":
+    return lambda model, size: eagle(model, head(model.config.max_positions), tree, size)
 
 
 Make = Callable[[Transformer, int], Engine]
@@ -77,6 +132,11 @@ EXACT: dict[str, Make] = {
     ),
     "speculative, more tokens": _speculative(
         lambda limit: random_model("qwen2", vocab=50, limit=limit), 3
+    ),
+    "eagle, a chain": _eagle(fitted_head, chain(4)),
+    "eagle, a tree": _eagle(fitted_head, spread(4)),
+    "eagle, a stranger of few tokens": _eagle(
+        lambda limit: random_head(target(limit), (1, 5, 30)), spread(5)
     ),
 }
 """Methods whose text is AR's."""

@@ -127,7 +127,7 @@ def test_mask_token_in_the_prompt(home: Path, tmp_path: Path) -> None:
         (("-K", -4), ("draft_len is -4", "from 1 to 512")),
         (("-K", 4, "--span-set", "1,9"), ("(1, 9)", "from 1 to 4")),
         (("--span-set", "most"), ("'most'", "dense", "1,2,4")),
-        (("--method", "eagle"), ("'eagle'", "'tidar' or 'ar'")),
+        (("--method", "medusa"), ("'medusa'", "'tidar' or 'ar'")),
         (("--beta", 1.5), ("1.5", "from 0 to 1")),
         (("--beta", "nan"), ("nan", "from 0 to 1")),
         (("-n", 0), ("max_new_tokens is 0", "at least 1")),

@@ -221,7 +221,7 @@ def test_mistakes(files: Path, tmp_path: Path) -> None:
     says(refused("eval", "--tasks", "mmlu", "--data", files), "is for local tasks")
     says(refused("eval", "--tasks", "x", "--settings", "mine"), "paper or harness")
     says(refused("eval", "--tasks", "x", "--engine", "fast"), "'auto', 'plain' or 'paged'")
-    says(refused("eval", "--tasks", "x", "--methods", "eagle"), "'eagle' is not understood")
+    says(refused("eval", "--tasks", "x", "--methods", "medusa"), "'medusa' is not understood")
     data = f"text_local={files / 'text.jsonl'}"
     says(refused("eval", "--tasks", "text_local", "--data", data, "--shots", "1"), "must be 0")
     says(refused("eval", "--tasks", "text_local", "--data", data, "--chat-template"), "no chat")

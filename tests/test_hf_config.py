@@ -156,7 +156,7 @@ def test_harmless_entries_are_read(
 META_REFUSALS: list[tuple[Any, str]] = [
     ({**META.to_json(), "format_version": 2, "new": 1}, "format_version 2; this .* reads 1"),
     ({"draft_lens": [4], "mask_token_id": 90}, "format_version None"),
-    ({**META.to_json(), "extra": {}}, "unknown keys: extra; allowed: alpha, draft_lens"),
+    ({**META.to_json(), "extra": {}}, "unknown keys: extra; allowed: alpha, attention, draft_lens"),
     ({"format_version": 1, "draft_lens": [4]}, "lacks mask_token_id"),
     ([], "must be an object, got list"),
     ({**META.to_json(), "draft_lens": []}, "draft_lens must be whole numbers above 0, ascending"),

@@ -15,6 +15,7 @@ from models import Excuses, ar_text, random_prompt
 from tidar.decode.engine import Engine
 from tidar.decode.request import Request, Stopper
 from tidar.errors import TidarError
+from tidar.methods.eagle import Eagle
 from tidar.methods.speculative import Speculative
 from tidar.sampling import SamplingParams
 
@@ -50,7 +51,7 @@ def alone(name: str, each: Request) -> list[int]:
 
 def check_empty(engine: Engine) -> None:
     """Nothing is kept of any request."""
-    if isinstance(engine.method, Speculative):
+    if isinstance(engine.method, Speculative | Eagle):
         draft = engine.method.draft
         assert draft.places == {}
         assert sorted(draft.free) == list(range(engine.max_batch))

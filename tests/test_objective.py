@@ -10,16 +10,13 @@ from tidar.attention import dense_attend
 from tidar.errors import TidarError
 from tidar.layout import clean_rows, dense, mask_mod, training_rows
 from tidar.model import ModelConfig
-from tidar.training import objective as objective_module
+from tidar.sampling import uniform
+from tidar.training import noise
+from tidar.training.chunked import even_chunk
 from tidar.training.flex import flex_mask
-from tidar.training.objective import (
-    Objective,
-    TrainingModel,
-    even_chunk,
-    layout,
-    mask_half,
-    uniform,
-)
+from tidar.training.objective import TrainingModel
+from tidar.training.objectives.ar import ArObjective
+from tidar.training.objectives.tidar import TidarObjective, mask_half
 from tidar.weights import init_model
 
 CONFIG = ModelConfig(
@@ -40,8 +37,8 @@ def batch(documents: list[list[int]], *, index: int = 0, seed: int = 0) -> dict[
 
 
 def model(**fields: object) -> TrainingModel:
-    objective = dataclasses.replace(Objective(draft_lens=(4,)), **fields)  # type: ignore[arg-type]
-    return TrainingModel(init_model(CONFIG, 0), objective)
+    objective = dataclasses.replace(TidarObjective(draft_lens=(4,)), **fields)  # type: ignore[arg-type]
+    return objective.model(init_model(CONFIG, 0))
 
 
 def test_loss_equals_one_worked_by_hand() -> None:
@@ -49,7 +46,7 @@ def test_loss_equals_one_worked_by_hand() -> None:
     net = init_model(CONFIG, 0)
     inputs = batch([[0, 0, 0, 1, 1]])
     alpha = 0.5
-    loss = TrainingModel(net, Objective(draft_lens=(2,), alpha=alpha))(**inputs)
+    loss = TidarObjective(draft_lens=(2,), alpha=alpha).model(net)(**inputs)
     ids = inputs["input_ids"][0]
     clean, mask = [], []
     for begin, end in ((0, 3), (3, 5)):
@@ -156,7 +153,7 @@ def test_held_out_losses_are_against_the_tokens() -> None:
 
 def test_a_base_without_soft_labels_teaches_nothing_and_is_refused() -> None:
     with pytest.raises(TidarError, match="set soft_labels"):
-        Objective(teacher="base")
+        TidarObjective(teacher="base")
 
 
 def test_chunks_change_nothing() -> None:
@@ -180,10 +177,10 @@ def test_even_chunk() -> None:
 
 
 def test_random_masking_has_the_right_rows_and_an_unbiased_weight() -> None:
-    objective = Objective(masking="random", draft_lens=(4,))
+    objective = TidarObjective(masking="random", draft_lens=(4,))
     inputs = batch([[0] * 64] * 512)
-    rows = layout(objective, inputs["document"], inputs["epoch"], inputs["index"])
-    ids, weights = mask_half(objective, inputs["input_ids"], rows.span[:, 64:], inputs, 23)
+    rows = objective.grid.rows(inputs["document"], inputs["epoch"], inputs["index"])
+    ids, weights = mask_half(objective, inputs, rows.span[:, 64:], 23)
     assert weights is not None
     masked = ids == 23
     assert torch.equal(masked, weights > 0)
@@ -200,11 +197,9 @@ def test_random_masking_has_the_right_rows_and_an_unbiased_weight() -> None:
 def test_no_row_of_random_masking_weighs_above_1000(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest share that can be drawn is 2^-24."""
     draws = iter((torch.tensor(1.0 - 2.0**-24), torch.linspace(0.0, 0.002, 8)))
-    monkeypatch.setattr(objective_module, "uniform", lambda *_: next(draws))
+    monkeypatch.setattr(noise, "uniform", lambda *_: next(draws))
     inputs = batch([[0] * 8])
-    ids, weights = mask_half(
-        Objective(masking="random"), inputs["input_ids"], torch.zeros(1, 8), inputs, 23
-    )
+    ids, weights = mask_half(TidarObjective(masking="random"), inputs, torch.zeros(1, 8), 23)
     assert weights is not None
     # Rows are drawn by the bounded share too: those below 0.001, four of the eight.
     assert (ids[0] == 23).tolist() == [True] * 4 + [False] * 4
@@ -212,27 +207,25 @@ def test_no_row_of_random_masking_weighs_above_1000(monkeypatch: pytest.MonkeyPa
 
 
 def test_full_masking_hides_every_token() -> None:
-    objective = Objective()
-    ids, weights = mask_half(
-        objective, torch.ones(1, 8, dtype=torch.long), torch.zeros(1, 8), {}, 23
-    )
+    batch = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    ids, weights = mask_half(TidarObjective(), batch, torch.zeros(1, 8), 23)
     assert weights is None
     assert (ids == 23).all()
 
 
 def test_randomness_depends_on_the_sequence_only() -> None:
     """A sequence gets one layout in any batch, so world size and order do not matter."""
-    objective = Objective(draft_lens=(2, 4, 8), anchors="random", masking="random", seed=5)
+    objective = TidarObjective(draft_lens=(2, 4, 8), anchors="random", masking="random", seed=5)
     inputs = batch([[0] * 32] * 8, index=100)
-    whole = layout(objective, inputs["document"], inputs["epoch"], inputs["index"])
-    ids, _ = mask_half(objective, inputs["input_ids"], whole.span[:, 32:], inputs, 23)
+    whole = objective.grid.rows(inputs["document"], inputs["epoch"], inputs["index"])
+    ids, _ = mask_half(objective, inputs, whole.span[:, 32:], 23)
     for i in (0, 3, 7):
         one = {name: value[i : i + 1] for name, value in inputs.items()}
-        rows = layout(objective, one["document"], one["epoch"], one["index"])
+        rows = objective.grid.rows(one["document"], one["epoch"], one["index"])
         assert torch.equal(rows.anchor[0], whole.anchor[i])
-        alone, _ = mask_half(objective, one["input_ids"], rows.span[:, 32:], one, 23)
+        alone, _ = mask_half(objective, one, rows.span[:, 32:], 23)
         assert torch.equal(alone[0], ids[i])
-    later = layout(objective, inputs["document"], inputs["epoch"] + 1, inputs["index"])
+    later = objective.grid.rows(inputs["document"], inputs["epoch"] + 1, inputs["index"])
     assert not torch.equal(later.anchor, whole.anchor)
 
 
@@ -246,9 +239,9 @@ def test_uniform_is_uniform() -> None:
 
 def test_autoregressive_objective_is_the_clean_half() -> None:
     inputs = batch([[0] * 6 + [1] * 6])
-    tidar, ar = model()(**inputs), model(name="ar")(**inputs)
+    tidar, ar = model()(**inputs), ArObjective().model(init_model(CONFIG, 0))(**inputs)
     assert ar["stats"][0].item() == pytest.approx(tidar["stats"][0].item(), abs=1e-4)
-    assert ar["stats"][1].item() == 0.0
+    assert ar["stats"][1].item() == 10
     assert ar["loss"].item() == pytest.approx(ar["stats"][0].item() / 10, abs=1e-5)
 
 
@@ -270,9 +263,9 @@ def test_flex_mask_equals_create_block_mask() -> None:
 
 
 def test_impossible_objectives_are_refused() -> None:
-    for fields in ({"draft_lens": ()}, {"draft_lens": (8, 4)}, {"alpha": -1.0}, {"name": "x"}):
+    for fields in ({"draft_lens": ()}, {"draft_lens": (8, 4)}, {"alpha": -1.0}, {"anchors": "x"}):
         with pytest.raises(TidarError):
-            Objective(**fields)  # type: ignore[arg-type]
+            TidarObjective(**fields)  # type: ignore[arg-type]
     plain = init_model(dataclasses.replace(CONFIG, mask_token_id=None), 0)
     with pytest.raises(TidarError, match="mask token"):
-        TrainingModel(plain, Objective())
+        TidarObjective().model(plain)

@@ -141,7 +141,7 @@ def test_planned_output_is_ar(bundled: package.LanguageModel) -> None:
 def test_mistakes_are_told_by_the_call_itself(bundled: package.LanguageModel) -> None:
     """Not at the first event, and before anything is measured."""
     for options in ({"temperature": -1.0}, {"beta": 2.0}, {"draft_len": 0}, {"max_new_tokens": 0},
-                    {"method": "eagle"}, {"span_set": "99"}, {"stop": [""]}):  # fmt: skip
+                    {"method": "medusa"}, {"span_set": "99"}, {"stop": [""]}):  # fmt: skip
         with pytest.raises(TidarError):
             bundled.stream("x", **options)  # type: ignore[arg-type]
     fresh = package.load(device="cpu", dtype="float32")

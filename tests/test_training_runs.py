@@ -16,6 +16,7 @@ from tidar.hf_config import config_from_hf
 from tidar.training import trainer
 from tidar.training.config import TrainConfig
 from tidar.training.sources import Source
+from tidar.training.start import make_start
 from tidar.weights import init_model
 
 
@@ -129,7 +130,7 @@ def test_data_seed_zero_is_a_seed(home: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         config = TrainConfig.from_mapping(settings(home, tmp_path / name, **changes))
         arguments = trainer.make_arguments(config, tmp_path / name)
-        start = trainer._make_start(config, 3)
+        start = make_start(config, config.objective_with(3), 3)
         data, _ = trainer._make_data(config, start, arguments)
         first[name] = trainer._make_run(data, arguments).__getitems__(range(4))["input_ids"]
     assert torch.equal(first["zero"], first["same"])

@@ -19,7 +19,8 @@ KERNEL_CAP = 120
 
 RESERVED = re.compile(r"\bblocks?\b", re.IGNORECASE)
 FLEX_API = re.compile(r"BlockMask|create_block_mask|flex_?attention", re.IGNORECASE)
-ALLOWED_PHRASES = re.compile(r"\bblock[- ]diffusion\b", re.IGNORECASE)
+# The method's name, and what LLaDA's published tensors are called.
+ALLOWED_PHRASES = re.compile(r"\bblock[- ]diffusion\b|\btransformer\.blocks\b", re.IGNORECASE)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

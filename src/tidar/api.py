@@ -18,10 +18,11 @@ import torch
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent, tokens_per_forward
-from tidar.decode.rivals import Target
+from tidar.decode.rivals import Target, default_method
 from tidar.decode.shared import Job, PlanSpec, SharedEngine
 from tidar.decode.spec import MethodSpec, parse_rival_only
 from tidar.errors import TidarError
+from tidar.families import need_causal
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
@@ -85,8 +86,17 @@ class LanguageModel:
 
     @property
     def draft_len(self) -> int:
-        """The longest draft the checkpoint was trained for; 1 for a plain autoregressive one."""
-        return max(self.meta.draft_lens) if self.meta else 1
+        """The longest draft the checkpoint was trained for; 1 for one that was never trained to draft."""
+        return max(self.meta.draft_lens, default=1) if self.meta else 1
+
+    @property
+    def default_method(self) -> MethodName:
+        """The best that the checkpoint can do: what decodes where no method is named."""
+        if self.network.config.attention == "bidirectional":
+            return default_method(self.network.config)
+        if self.meta and self.meta.objective == "block-diffusion":
+            return f"block-diffusion:{self.draft_len}:0.9"
+        return "tidar" if self.meta else "ar"
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; ids are taken as they are."""
@@ -129,9 +139,10 @@ class LanguageModel:
         repeatable: the text must not depend on timings, as it would with rejection sampling or beta below
         1 under a measured plan; "plan" then means all spans. Raises TidarError for impossible arguments.
         """
-        if method not in (None, "tidar", "ar"):
+        method = method or self.default_method
+        need_causal(self.network.config, f"Method {method!r}")
+        if method not in ("tidar", "ar"):
             raise TidarError(f"method is {method!r}; here it must be 'tidar' or 'ar'.")
-        method = method or ("tidar" if self.meta else "ar")
         if method == "ar":
             return PlanSpec(AUTOREGRESSIVE)
         if self.meta is None:
@@ -164,7 +175,8 @@ class LanguageModel:
 
         tidar: options that only TiDAR has. Raises TidarError for what is not known or cannot go together.
         """
-        if method in (None, "tidar", "ar"):
+        method = method or self.default_method
+        if method in ("tidar", "ar"):
             return None
         paged = engine != "auto" and self.pick_engine(engine) == "paged"
         given = [name for name, value in tidar.items() if value not in (None, "plan", 1.0)]
@@ -419,13 +431,13 @@ def load(
 ) -> LanguageModel:
     """Opens a checkpoint: a Hugging Face folder or hub id; without one, the bundled checkpoint.
 
-    device: "auto", "cpu", "cuda", ... dtype: "auto", "float32" or "bfloat16". A folder without a "tidar"
+    device: "auto", "cpu", "cuda", ... dtype: "auto", "float32" or "bfloat16". A causal checkpoint without a "tidar"
     entry opens with a warning and decodes as AR only. Raises TidarError for what cannot be opened.
     """
     where = pick_device(device)
     source = bundled_folder() if path_or_hub_id is None else path_or_hub_id
     checkpoint = load_checkpoint(source, device=where, dtype=pick_dtype(dtype, where))
-    if checkpoint.meta is None:
+    if checkpoint.meta is None and checkpoint.config.attention == "causal":
         warnings.warn(
             f"{checkpoint.source} has no 'tidar' entry in its config.json: it decodes as AR only. "
             "'tidar train --base' converts it.",

@@ -3,8 +3,10 @@
 Invariant: the first `length` entries of a sequence are the keys and values of its committed tokens, in
 order. A step writes its rows behind them and `commit` moves the length over those that stay: draft rows
 come first in a tail, so committing n of them copies nothing, and what lies beyond the length is never
-visible.
+visible. Only the accepted path of a tree of drafts has gaps, which `commit_rows` closes.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +111,16 @@ class KVCache:
     def commit(self, slot: int, count: int) -> None:
         """Keeps the first `count` rows of the last step in `slot`; its other rows are gone."""
         self.lengths[slot] += count
+
+    def commit_rows(self, slot: int, rows: Sequence[int]) -> None:
+        """Keeps these rows of the last step, rising, and moves them together; its other rows are gone."""
+        start, count = self.lengths[slot], len(rows)
+        if list(rows) != list(range(count)):
+            taken = torch.tensor(rows, device=self._device) + start
+            for stored in (self.keys, self.values):
+                for layer in stored:
+                    layer[slot, :, start : start + count] = layer[slot, :, taken]
+        self.commit(slot, count)
 
     def move(self, source: int, target: int) -> None:
         """The sequence of slot `source` now lives in `target`, whose own is dropped."""

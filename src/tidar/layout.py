@@ -28,8 +28,8 @@ class Rows:
     """Attributes of the rows of a forward pass; four int64 tensors of one shape, `[N]` or `[B, N]`.
 
     `anchor` is the number of clean tokens of its own document that a row sees: the span's anchor for a
-    mask row, `position + 1` for a clean one. Span ids are unique within a batch row; rows of a document
-    that does not exist (padding) may use any otherwise unused document id.
+    mask row, `position + 1` for a clean one that reads causally. Span ids are unique within a batch row;
+    rows of a document that does not exist (padding) may use any otherwise unused document id.
     """
 
     position: Tensor
@@ -194,25 +194,38 @@ def nearest_anchor(anchors: tuple[int, ...], accepted: int) -> int:
     return max((offset for offset in anchors if offset <= accepted), default=0)
 
 
+def document_starts(document: Tensor) -> Tensor:
+    """Where documents begin, bool `[B, N]`, from the document id of each token."""
+    first = torch.ones_like(document, dtype=torch.bool)
+    first[:, 1:] = document[:, 1:] != document[:, :-1]
+    return first
+
+
+def document_rows(document: Tensor) -> Rows:
+    """Clean rows of packed documents, causal; positions restart with each.
+
+    document: int64 `[B, N]`, ids that do not decrease along a packed sequence.
+    """
+    index = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    start = torch.where(document_starts(document), index, 0).cummax(dim=1).values
+    position = index - start
+    return Rows(position, document, torch.full_like(document, CLEAN), position + 1)
+
+
 def training_rows(document: Tensor, draft_len: Tensor, offset: Tensor) -> Rows:
     """Rows of a training sequence, clean half then mask half, from the document id of each token.
 
-    document: int64 `[B, N]`, ids that do not decrease along a packed sequence.
+    document: as for `document_rows`.
     draft_len, offset: int64 `[B]`; the grid of spans of each document starts at `offset` (the rows before
-    it form a shorter span), 0 <= offset < draft_len. Positions restart with each document. A span never
-    crosses a document's end.
+    it form a shorter span), 0 <= offset < draft_len. A span never crosses a document's end.
     """
-    index = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    first = torch.ones_like(document, dtype=torch.bool)
-    first[:, 1:] = document[:, 1:] != document[:, :-1]
-    start = torch.where(first, index, 0).cummax(dim=1).values
-    position = index - start
+    clean = document_rows(document)
+    position = clean.position
     step, shift = draft_len.unsqueeze(1), offset.unsqueeze(1)
     anchor = (
         torch.div(position - shift, step, rounding_mode="floor").mul(step).add(shift).clamp(min=0)
     )
-    span = (first | (position == anchor)).cumsum(dim=1) - 1
-    clean = Rows(position, document, torch.full_like(document, CLEAN), position + 1)
+    span = (document_starts(document) | (position == anchor)).cumsum(dim=1) - 1
     return clean.join(Rows(position, document, span, anchor))
 
 
@@ -222,9 +235,7 @@ def training_labels(ids: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
     A clean row at its document's last position and a mask row at its first carry `IGNORE`, so both halves
     have the same number of labels.
     """
-    first = torch.ones_like(document, dtype=torch.bool)
-    first[:, 1:] = document[:, 1:] != document[:, :-1]
-    mask_labels = ids.masked_fill(first, IGNORE)
+    mask_labels = ids.masked_fill(document_starts(document), IGNORE)
     clean_labels = torch.full_like(ids, IGNORE)
     clean_labels[:, :-1] = mask_labels[:, 1:]
     return clean_labels, mask_labels

@@ -1,13 +1,11 @@
-"""The network: one decoder-only transformer for the Llama, Mistral, Qwen2 and Qwen3 families.
+"""The network: one decoder-only transformer for the Llama, Mistral, Qwen2, Qwen3, LLaDA and Dream families.
 
 It has one seam. `model(ids, positions, attend)` returns hidden states, and `attend(layer, q, k, v)`
-is any
-callable: dense training mask, FlexAttention, a cache. The model itself knows nothing of caches or
+is any callable: dense training mask, FlexAttention, a cache. The model itself knows nothing of caches or
 masks, and RoPE uses the explicit positions only, because clean and mask rows of TiDAR (arXiv
 2511.08923) repeat positions and so the row index means nothing.
 
-Numbers follow the `transformers` modelling files of the four families, so that logits are equal in
-float32.
+Numbers follow the modelling files of the families, so that logits are equal in float32.
 """
 
 import math
@@ -22,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tidar.errors import TidarError
 
-ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
+ModelType = Literal["llama", "mistral", "qwen2", "qwen3", "llada", "Dream"]
+Attention = Literal["causal", "bidirectional"]
+SpanAttention = Literal["causal", "full"]
 RopeKind = Literal["default", "linear", "yarn", "llama3"]
 MODEL_TYPES: Final[tuple[str, ...]] = get_args(ModelType)
 ROPE_KINDS: Final[tuple[str, ...]] = get_args(RopeKind)
@@ -84,7 +84,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """All that decides shapes and arithmetic; made from `config.json` by `tidar.hf_config`."""
+    """All that decides shapes, arithmetic and how rows are read; made from `config.json` by `tidar.hf_config`.
+
+    attention: how rows saw each other in training; the network itself asks `attend`. label_shift: with bidirectional
+    attention, the row before a position predicts it, not the row at it. span_attention: in block diffusion, what
+    clean rows saw: those before them, or all of their own span as well.
+    """
 
     model_type: ModelType
     vocab_size: int
@@ -103,6 +108,9 @@ class ModelConfig:
     qk_norm: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
     mask_token_id: int | None = None
+    attention: Attention = "causal"
+    label_shift: bool = False
+    span_attention: SpanAttention = "causal"
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot make a network."""
@@ -256,12 +264,19 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """`x` `[B, N, hidden_size]`, cosines and sines -> `[B, N, hidden_size]`."""
-        x = x + self.o(self._attention(self.attn_norm(x), cos, sin, attend))
+        return self.read(x, self.attn_norm(x), cos, sin, attend)
+
+    def read(self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """The layer on the residual stream `x`, its attention fed `normed` `[B, N, width of qkv]`.
+
+        That is the norm of `x`, but for an EAGLE head (`tidar.eagle_head`), which reads more.
+        """
+        x = x + self.o(self._attention(normed, cos, sin, attend))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """`[B, N, hidden_size]` -> `[B, N, num_heads * head_dim]`, before the output projection."""
+        """`[B, N, width of qkv]` -> `[B, N, num_heads * head_dim]`, before the output projection."""
         batch, rows, _ = x.shape
         heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(batch, rows, rotated + self.num_kv_heads, self.head_dim)

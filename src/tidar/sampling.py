@@ -116,6 +116,19 @@ def mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
+def uniform(*counters: Tensor | int) -> Tensor:
+    """A uniform number in [0, 1), float32: a hash of the counters, which broadcast.
+
+    The same on every device. Each counter is mixed in separately, so that none trades for another.
+    """
+    state: Tensor = torch.zeros((), dtype=torch.int64)
+    for counter in counters:
+        if isinstance(counter, Tensor) and state.dim() == 0:
+            state = state.to(counter.device)
+        state = mix(state + counter + 0x5851F42D4C957F2D)
+    return ((state >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
 def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, float32 `[N, V]`: a fixed function of (seed, position, token id).
 
@@ -143,10 +156,14 @@ def choose(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
 
     logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
     """
+    return scores(logits, params, positions).argmax(dim=-1)
+
+
+def scores(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
+    """What `choose` takes the best of, `[N, V]`: the first w of a row are w tokens drawn without replacement."""
     if params.greedy:
-        return logits.argmax(dim=-1)
-    noise = gumbel_noise(params.seed, positions, logits.shape[-1])
-    return (process(logits, params) + noise).argmax(dim=-1)
+        return logits
+    return process(logits, params) + gumbel_noise(params.seed, positions, logits.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +227,43 @@ def reject(
     target_probs: float64 `[L, V]`, row i the causal distribution after d[i].
     """
     for i in range(1, len(draft)):
-        token, target = draft[i], target_probs[i - 1]
-        if draft_probs is None:
+        probs = None if draft_probs is None else draft_probs[i - 1]
+        passed, token = reject_siblings(draft[i : i + 1], probs, target_probs[i - 1], draw)
+        if passed is None:
+            return i, token
+    return len(draft), draw(target_probs[len(draft) - 1])
+
+
+def reject_siblings(
+    tokens: Sequence[int], draft_probs: Tensor | None, target_probs: Tensor, draw: Draw
+) -> tuple[int | None, int]:
+    """Rejection sampling of several drafts for one position: which of them passed, and the token there.
+
+    Each in turn is tested as if alone, against what the earlier ones have left of the target: after a
+    rejection p becomes max(p - q, 0), scaled up, and q loses the token, since the next one was drawn
+    without replacement. So the token has the target's distribution however many there are (SpecInfer,
+    arXiv 2305.09781, algorithm 2; without replacement: arXiv 2402.14160).
+
+    tokens: drawn one after the other from `draft_probs`, float64 `[V]`, without replacement; where that
+        is None each was fixed beforehand (then q is one-hot).
+    target_probs: float64 `[V]`, the causal distribution. None of `tokens` passed: the first of the result
+        is None.
+    """
+    target, rest = target_probs, draft_probs
+    for i, token in enumerate(tokens):
+        if rest is None:
             chosen = torch.zeros_like(target)
             chosen[token] = 1.0
         else:
-            chosen = draft_probs[i - 1]
+            chosen = rest / rest.sum()
+            rest = rest.index_fill(0, torch.tensor([token]), 0.0)
         accept = min(1.0, float(target[token] / chosen[token]))
-        if draw(torch.tensor([1.0 - accept, accept], dtype=torch.float64)) == 0:
-            residual = (target - chosen).clamp(min=0)
-            return i, draw(residual / residual.sum())
-    return len(draft), draw(target_probs[len(draft) - 1])
+        if draw(torch.tensor([1.0 - accept, accept], dtype=torch.float64)) == 1:
+            return i, token
+        left = (target - chosen).clamp(min=0)
+        # Where p and q are equal but for rounding nothing would be left.
+        target = left / left.sum() if float(left.sum()) > 0 else target
+    return None, draw(target)
 
 
 def seeded_draw(seed: int) -> Draw:

@@ -1,7 +1,7 @@
 """Safetensors files <-> the merged parameters of a `Transformer`.
 
-On disk a projection has the name and shape of its family in `transformers`; in memory q, k, v are
-one matrix and gate, up another. `tensor_slots` is the one place that knows both: a dict from the
+On disk a projection has the name and shape of its family; in memory q, k, v are one matrix and gate,
+up another. `tensor_slots` is the one place that knows both: a dict from the
 name on disk to the view of the merged parameter that it fills, used for reading and for writing.
 
 Pickle files can run code when opened and are refused.
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tidar.errors import TidarError
+from tidar.families import FAMILIES
+from tidar.families.names import TRANSFORMERS, TensorNames
 from tidar.hf_config import read_json
 from tidar.model import Layer, Transformer
 
@@ -31,41 +33,42 @@ _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def tensor_slots(model: Transformer) -> dict[str, Tensor]:
     """Name on disk -> the part of a parameter of `model` that holds it; views, not copies.
 
-    A tied embedding appears once, as `model.embed_tokens.weight`.
+    A tied embedding appears once, under its own name.
     """
-    slots = {"model.embed_tokens.weight": model.embed.weight.detach()}
+    names = FAMILIES[model.config.model_type].names
+    slots = {f"{names.embed}.weight": model.embed.weight.detach()}
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        for name, tensor in _layer_slots(layer).items():
-            slots[f"model.layers.{layer.index}.{name}"] = tensor
-    slots["model.norm.weight"] = model.norm.weight.detach()
+        for name, tensor in layer_slots(layer, names).items():
+            slots[f"{names.layers}{layer.index}.{name}"] = tensor
+    slots[f"{names.norm}.weight"] = model.norm.weight.detach()
     if model.head is not None:
-        slots["lm_head.weight"] = model.head.weight.detach()
+        slots[f"{names.head}.weight"] = model.head.weight.detach()
     return slots
 
 
-def _layer_slots(layer: Layer) -> dict[str, Tensor]:
+def layer_slots(layer: Layer, names: TensorNames = TRANSFORMERS) -> dict[str, Tensor]:
     """`tensor_slots` for one layer, without the prefix."""
     slots = {
-        "input_layernorm.weight": layer.attn_norm.weight.detach(),
-        "post_attention_layernorm.weight": layer.mlp_norm.weight.detach(),
+        f"{names.attn_norm}.weight": layer.attn_norm.weight.detach(),
+        f"{names.mlp_norm}.weight": layer.mlp_norm.weight.detach(),
     }
     if layer.q_norm is not None and layer.k_norm is not None:
-        slots["self_attn.q_norm.weight"] = layer.q_norm.weight.detach()
-        slots["self_attn.k_norm.weight"] = layer.k_norm.weight.detach()
+        slots[f"{names.q_norm}.weight"] = layer.q_norm.weight.detach()
+        slots[f"{names.k_norm}.weight"] = layer.k_norm.weight.detach()
     q_rows, kv_rows = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     half = layer.gate_up.out_features // 2
     merged: list[tuple[nn.Linear, Sequence[str], list[int]]] = [
-        (layer.qkv, [f"self_attn.{n}_proj" for n in "qkv"], [q_rows, kv_rows, kv_rows]),
-        (layer.o, ["self_attn.o_proj"], [layer.o.out_features]),
-        (layer.gate_up, ["mlp.gate_proj", "mlp.up_proj"], [half, half]),
-        (layer.down, ["mlp.down_proj"], [layer.down.out_features]),
+        (layer.qkv, [names.q, names.k, names.v], [q_rows, kv_rows, kv_rows]),
+        (layer.o, [names.o], [layer.o.out_features]),
+        (layer.gate_up, [names.gate, names.up], [half, half]),
+        (layer.down, [names.down], [layer.down.out_features]),
     ]
-    for linear, names, rows in merged:
+    for linear, parts, rows in merged:
         for kind, parameter in (("weight", linear.weight), ("bias", linear.bias)):
             if parameter is not None:
-                parts = parameter.detach().split(rows)
-                slots.update({f"{n}.{kind}": p for n, p in zip(names, parts, strict=True)})
+                views = parameter.detach().split(rows)
+                slots.update({f"{n}.{kind}": p for n, p in zip(parts, views, strict=True)})
     return slots
 
 
@@ -122,18 +125,19 @@ def find_weights(folder: Path) -> dict[str, Path]:
 
 def fill_model(model: Transformer, files: Mapping[str, Path]) -> None:
     """Copy every tensor into its slot; all names and shapes are checked before any is copied."""
-    slots = tensor_slots(model)
+    slots, family = tensor_slots(model), FAMILIES[model.config.model_type]
+    embed, head_name = f"{family.names.embed}.weight", f"{family.names.head}.weight"
     # Old Llama exports store the rotary frequencies; they follow from the config.
     present = {name for name in files if not name.endswith(".rotary_emb.inv_freq")}
-    tied_copy = model.head is None and "lm_head.weight" in present
+    tied_copy = model.head is None and head_name in present
     if missing := sorted(set(slots) - present):
         raise TidarError(f"the checkpoint lacks tensors: {some(missing)}")
-    if unexpected := sorted(present - set(slots) - ({"lm_head.weight"} if tied_copy else set())):
+    if unexpected := sorted(present - set(slots) - ({head_name} if tied_copy else set())):
         raise TidarError(f"the checkpoint has unexpected tensors: {some(unexpected)}")
     by_file: dict[Path, list[str]] = {}
     for name in sorted(present):
         by_file.setdefault(files[name], []).append(name)
-    embedding = slots["model.embed_tokens.weight"]
+    embedding = slots[embed]
     for path, names in by_file.items():
         with open_weights(path) as file:
             for name in names:
@@ -154,12 +158,12 @@ def fill_model(model: Transformer, files: Mapping[str, Path]) -> None:
                 if name in slots:
                     slots[name].copy_(file.get_tensor(name))
     if tied_copy:
-        with open_weights(files["lm_head.weight"]) as file:
-            head = file.get_tensor("lm_head.weight").to(embedding)
+        with open_weights(files[head_name]) as file:
+            head = file.get_tensor(head_name).to(embedding)
         if not torch.equal(head, embedding):
             raise TidarError(
-                "config.json ties the embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight; set tie_word_embeddings to false"
+                f"config.json ties the embeddings, but {head_name} differs from {embed}; "
+                f"set {family.tied_key} to false"
             )
 
 

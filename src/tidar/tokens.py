@@ -16,6 +16,13 @@ _INCOMPLETE: Final = "\ufffd"  # what decoders write for bytes that are not (yet
 _CONTEXT: Final = 8  # prompt tokens that a stream decodes along with the first new one
 _FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
+_STAND_INS: Final = {
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    # Dream's own class is remote code. It is Qwen2's: NFC, the same pattern and byte-level merges
+    # (tokenization_dream.py of Dream-org/Dream-v0-Base-7B), and has no tokenizer.json.
+    "DreamTokenizer": "Qwen2TokenizerFast",
+}
+
 
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
@@ -47,6 +54,11 @@ class Tokenizer:
         """The tokenizer of `transformers` itself, for programs that want one."""
         return self._backend
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether the folder has the files of a tokenizer."""
+        return any((folder / name).is_file() for name in _FILES)
+
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Open the tokenizer in `folder`; code that comes with a checkpoint is never run.
@@ -54,12 +66,18 @@ class Tokenizer:
         Raises:
             TidarError: no tokenizer there, or one that `transformers` cannot open.
         """
-        if not any((folder / name).is_file() for name in _FILES):
+        if not cls.is_in(folder):
             raise TidarError(f"{folder} has no tokenizer (looked for {', '.join(_FILES)})")
-        from transformers import AutoTokenizer
+        import transformers
 
+        name = _stand_in(folder)
         try:
-            backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            if name is not None:
+                backend = getattr(transformers, name).from_pretrained(str(folder))
+            else:
+                backend = transformers.AutoTokenizer.from_pretrained(
+                    str(folder), trust_remote_code=False
+                )
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
             reason = str(error).strip().split("\n")[0]
             raise TidarError(f"the tokenizer in {folder} cannot be opened: {reason}") from error
@@ -128,16 +146,27 @@ class Tokenizer:
         return TextStream(self, prompt_ids)
 
 
+def _entry(path: Path, key: str) -> Any:
+    """An entry of a JSON file; None where either is missing. Raises TidarError for a file that holds no object."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise TidarError(f"{path}: not readable as a JSON object ({error})") from error
+
+
+def _stand_in(folder: Path) -> str | None:
+    """The class of `transformers` that opens the tokenizer of a family which `transformers` does not have."""
+    if _entry(folder / "config.json", "model_type") not in ("llada", "Dream"):
+        return None
+    return _STAND_INS.get(_entry(folder / "tokenizer_config.json", "tokenizer_class"))
+
+
 def _eos_ids(folder: Path) -> list[int]:
     """End tokens that the folder's configs name; generation_config.json wins, as upstream."""
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise TidarError(f"{path}: not readable as a JSON object ({error})") from error
+        value = _entry(folder / name, "eos_token_id")
         if value is not None:
             return list(value) if isinstance(value, list) else [value]
     return []

@@ -2,27 +2,27 @@
 
 A folder that opens here gives the logits that it gives in `transformers`, or does not open; a
 folder written here opens in `transformers` as the plain autoregressive model (law 8 of the design).
+LLaDA and Dream are no models of `transformers`: their folders open and are written as their published
+code has them.
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from tidar.errors import TidarError
+from tidar.families import FAMILIES
+from tidar.families.fields import Json
 from tidar.hf_config import (
-    ARCHITECTURES,
-    Json,
     TidarMeta,
-    config_from_hf,
     config_to_hf,
     find_folder,
+    read_config,
     read_json,
     read_meta,
     token_ids,
@@ -33,10 +33,10 @@ from tidar.tensor_files import (
     fill_model,
     find_weights,
     open_weights,
-    some,
     write_json,
     write_weights,
 )
+from tidar.whole_folder import whole_folder
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -58,7 +58,7 @@ class Checkpoint:
     Attributes:
         model: on the device and in the dtype asked for, in evaluation mode.
         config: the model's, mask token included.
-        meta: the `"tidar"` entry; None for a plain autoregressive checkpoint.
+        meta: the `"tidar"` entry; None for a checkpoint as it was published.
         raw_config: config.json as read.
         generation_config: generation_config.json as read, empty where there is none.
         source: the path or hub id that was asked for.
@@ -80,7 +80,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> Checkpoint:
-    """Open a Hugging Face folder of one of the four families, converted or not.
+    """Open a Hugging Face folder of one of the families, converted or not.
 
     Args:
         path_or_hub_id: a local folder, or `owner/name` on the hub (fetched into its cache).
@@ -96,8 +96,7 @@ def load_checkpoint(
     raw = read_json(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    meta = read_meta(raw, generation)
-    config = config_from_hf(raw, mask_token_id=meta.mask_token_id if meta else None)
+    config, meta = read_config(raw, generation)
     files = find_weights(folder)
     model = _empty_model(config, device, _resolve_dtype(dtype, raw, files))
     fill_model(model, files)
@@ -154,22 +153,14 @@ def save_checkpoint(
     raw = _config_json(config, raw_config, meta, dtype)
     generation = _generation_json(raw, generation_config, meta)
     read_meta(raw, generation)  # a mask token that is also the end token must not reach the disk
-    _check_places(target, tokenizer_source)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
-    try:
-        partial.mkdir(parents=True)
+    if tokenizer_source is not None and not tokenizer_source.is_dir():
+        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
+    with whole_folder(target) as partial:
         write_json(partial / "config.json", raw)
         write_json(partial / "generation_config.json", generation)
         write_weights(partial, model, dtype, max_shard_bytes)
         if tokenizer_source is not None:
             _copy_tokenizer(tokenizer_source, partial)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        _swap(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise TidarError(f"could not write the checkpoint {target}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -195,11 +186,15 @@ def _config_json(
     # Code of the base is not copied along, and what `tidar` and `torch_dtype` said is said anew.
     for key in ("tidar", "auto_map", "torch_dtype"):
         raw.pop(key, None)
-    raw.update(vocab_size=config.vocab_size, dtype=name)
-    raw.setdefault("architectures", [ARCHITECTURES[config.model_type]])
+    family = FAMILIES[config.model_type]
+    raw.update({family.rows_key: config.vocab_size, "dtype": name})
+    raw.setdefault("architectures", [family.architecture])
     if meta is not None:
         raw["tidar"] = meta.to_json()
-    if config_from_hf(raw, mask_token_id=config.mask_token_id) != config:
+    described, _ = read_config(raw, {})
+    if meta is None and not family.own_mask:  # nothing in config.json names the mask token
+        described = replace(described, mask_token_id=config.mask_token_id)
+    if described != config:
         raise TidarError("raw_config describes another network than the model that is to be saved")
     return raw
 
@@ -217,49 +212,6 @@ def _generation_json(
         suppressed = {*token_ids(generation.get("suppress_tokens")), meta.mask_token_id}
         generation["suppress_tokens"] = sorted(suppressed)
     return generation
-
-
-def _check_places(target: Path, tokenizer_source: Path | None) -> None:
-    """Refuse to replace anything but an empty folder or a flat checkpoint."""
-    if tokenizer_source is not None and not tokenizer_source.is_dir():
-        raise TidarError(f"no such folder to copy the tokenizer from: {tokenizer_source}")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise TidarError(f"{target} exists and is no folder")
-    entries = list(target.iterdir())
-    if not entries:
-        return
-    if not (target / "config.json").is_file() or any(path.is_dir() for path in entries):
-        raise TidarError(
-            f"{target} exists and is not just a checkpoint; saving there would delete "
-            f"{some(sorted(path.name for path in entries))}. Give a new folder"
-        )
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk, so that the rename cannot get there before the data."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; the old folder goes only once the new one stands."""
-    old = new.with_suffix(".old")
-    replacing = target.exists()
-    if replacing:
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if replacing:
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def init_model(

@@ -9,6 +9,7 @@ import torch
 
 from tidar.decode.engine import Engine
 from tidar.decode.paged_engine import PagedEngine
+from tidar.methods.eagle import Eagle
 from tidar.methods.speculative import Speculative
 from tidar.model import Transformer
 
@@ -19,11 +20,11 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def cache_bytes(engine: Engine | PagedEngine) -> int:
-    """Bytes of an engine's KV cache as it is now (the plain engine's grows), a draft model's with it."""
+    """Bytes of an engine's KV cache as it is now (the plain engine's grows), a drafter's with it."""
     if isinstance(engine, PagedEngine):
         return engine.cache.bytes
     caches = [engine.cache]
-    if isinstance(engine.method, Speculative):
+    if isinstance(engine.method, Speculative | Eagle):
         caches.append(engine.method.draft.cache)
     stored = [tensor for cache in caches for tensor in (*cache.keys, *cache.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)

@@ -48,7 +48,8 @@ def _checkout(folder: Path) -> dict[str, Any] | None:
     """What git says; None outside a checkout."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        # A killed `git status` would leave the lock of the index behind, which stops every commit.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=10
         ).stdout.strip()

@@ -59,15 +59,18 @@ def find_shape(text: str) -> Path:
 
 
 def shape_config(text: str) -> ModelConfig:
-    """The network of a shape; its last vocabulary row is the mask token."""
+    """The network of a shape; its last vocabulary row is the mask token, if the config names no other."""
     raw = read_json(find_shape(text))
     return config_from_hf(raw, mask_token_id=config_from_hf(raw).vocab_size - 1)
 
 
 def random_prompts(config: ModelConfig, count: int, length: int, seed: int) -> list[Prompt]:
-    """Prompts of random tokens, never the last one of the vocabulary."""
+    """Prompts of random tokens, never the mask token; without one, never the last of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, config.vocab_size - 1, (count, length), generator=generator)
+    mask = config.mask_token_id
+    if mask is not None:
+        ids += ids >= mask
     return [Prompt(f"random-{i}", tuple(row)) for i, row in enumerate(ids.tolist())]
 
 

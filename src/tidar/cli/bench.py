@@ -68,8 +68,9 @@ EngineArg = Annotated[
 MethodsArg = Annotated[
     str,
     typer.Option(
-        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K; another "
-        "model's text: block-diffusion:K:THRESHOLD[:full], masked-diffusion:SPAN:STEPS[:ORDER][:shift]. By commas."
+        help="ar, tidar:K:SPANSET (tidar:16:1,2,4), tidar:two-forward, tidar:plan, speculative:PATH:K, "
+        "eagle:PATH:K[:tree]; another model's text: block-diffusion:K:THRESHOLD[:full], "
+        "masked-diffusion:SPAN:STEPS[:ORDER][:shift]. By commas."
     ),
 ]
 MaxNewTokensArg = Annotated[int, typer.Option(help="Tokens per prompt at most.")]
@@ -246,14 +247,14 @@ def load_subject(
     else:
         checkpoint = load_checkpoint(source, device=device, dtype=dtype)
         network, folder, meta = checkpoint.model, checkpoint.folder, checkpoint.meta
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     facts = {
         "source": told,
         "parameters": num_parameters(network.config),
         "random_weights": random_weights,
         "trained_draft_lens": list(meta.draft_lens) if meta else [],
     }
-    return network, Tokenizer.load(folder) if has_tokenizer else None, {"model": facts}
+    tokenizer = Tokenizer.load(folder) if Tokenizer.is_in(folder) else None
+    return network, tokenizer, {"model": facts}
 
 
 def _measure(

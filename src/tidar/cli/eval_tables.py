@@ -28,12 +28,13 @@ def show_record(record: dict[str, Any], console: "Console") -> None:
         for row in task_rows(name, task):
             table.add_row(*row)
         console.print(table)
-        for line in cut_prompts(task):
+        for line in (*bounds(task), *cut_prompts(task)):
             console.print(line)
     console.print(
         "T/NFE: tokens of decode steps per step, easily high where distinct-4 (at most 1) is low, loops are easy to "
-        "draft; tok/s: end to end, prompts included; all of generated texts alone. Likelihoods are the causal model's. "
-        "±: standard error. Not AR's: texts with other tokens than AR's.",
+        "draft; tok/s: end to end, prompts included; all of generated texts alone. Likelihoods are the causal model's; "
+        "a bound is a diffusion method's, a Monte Carlo estimate of at most its own likelihood. ±: standard error over "
+        "examples. Not AR's: texts with other tokens than AR's.",
         style="dim",
     )
     for line in protection(record["sandbox"]):
@@ -72,6 +73,13 @@ def task_rows(name: str, task: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _score(score: dict[str, Any]) -> str:
     error = f" ± {score['stderr']:.3f}" if score["stderr"] is not None else ""
     return number(score["value"], 3) + error
+
+
+def bounds(task: dict[str, Any]) -> Iterator[str]:
+    """How well likelihoods were estimated that no single pass gives."""
+    for method, figures in task["methods"].items():
+        if samples := (figures["likelihood"] or {}).get("mc_samples"):
+            yield f"{method}: Monte Carlo, {samples} samples of each text"
 
 
 def cut_prompts(task: dict[str, Any]) -> Iterator[str]:

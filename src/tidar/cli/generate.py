@@ -11,7 +11,7 @@ import typer
 from tidar.errors import TidarError
 
 if TYPE_CHECKING:
-    from tidar.api import StreamEvent
+    from tidar.api import LanguageModel, StreamEvent
 
 PromptArg = Annotated[str | None, typer.Argument(help="The prompt; `-` reads standard input.")]
 FileArg = Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")]
@@ -23,8 +23,9 @@ MethodArg = Annotated[
     str | None,
     typer.Option(
         help="`tidar` or `ar`, by default what the model can do. In the plain engine also `speculative:PATH:K` (the "
-        "model at PATH drafts K tokens; exact), and, writing another model's text, `block-diffusion:K:THRESHOLD` "
-        "and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`."
+        "model at PATH drafts K tokens) and `eagle:PATH:K[:tree]` (an EAGLE-3 head does), both exact; and, writing "
+        "another model's text, `block-diffusion:K:THRESHOLD` and `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`, the "
+        "only one of LLaDA and Dream."
     ),
 ]
 DraftLenArg = Annotated[
@@ -92,12 +93,13 @@ def generate(
 
         tidar generate "def fib(n):" --model ./my-model --method speculative:path/to/small:4
 
-        tidar generate "def fib(n):" --method block-diffusion:16:0.9
+        tidar generate "def fib(n):" --model GSAI-ML/LLaDA-8B-Base --method masked-diffusion:32:16
     """
     import tidar
 
     text = _read_prompt(prompt, file)
-    events = tidar.load(model, device=device, dtype=dtype).stream(
+    loaded = tidar.load(model, device=device, dtype=dtype)
+    events = loaded.stream(
         text,
         method=method,
         draft_len=draft_len,
@@ -113,30 +115,30 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    warning = _warning(method, beta)
-    if as_json:
-        _print_json(events, lossy=warning is not None)
-    else:
-        _print_text(events, warning, show_steps=show_steps)
+    warning = _warning(loaded, method, beta)
+    _print_json(events, warning) if as_json else _print_text(events, warning, show_steps=show_steps)
 
 
-def _warning(method: str | None, beta: float) -> str | None:
+def _warning(model: "LanguageModel", method: str | None, beta: float) -> str | None:
     """What is said of a text that is not AR's; None of one that is."""
     from tidar.decode.rivals import is_exact
 
+    method = method or model.default_method
+    if model.network.config.attention == "bidirectional":
+        return f"{method}: tokens chosen side by side; this checkpoint has no other way to write"
     if not is_exact(method):
         return f"{method}: another model's text, not what plain decoding of these weights writes"
     return f"beta {beta}: lossy, not the model's own distribution" if beta != 1.0 else None
 
 
-def _print_json(events: "Iterator[StreamEvent]", *, lossy: bool) -> None:
-    """One JSON object: the text, its tokens and how they came."""
+def _print_json(events: "Iterator[StreamEvent]", warning: str | None) -> None:
+    """One JSON object: the text, its tokens and how they came; lossy where there is something to warn of."""
     from tidar.cli.show import summary
 
     done = list(events)
     ids = [token for event in done for token in event.ids]
     record = {"text": "".join(event.text for event in done), "ids": ids, **summary(done)}
-    typer.echo(json.dumps({**record, "lossy": lossy}, ensure_ascii=False))
+    typer.echo(json.dumps({**record, "lossy": warning is not None}, ensure_ascii=False))
 
 
 def _print_text(events: "Iterator[StreamEvent]", warning: str | None, *, show_steps: bool) -> None:

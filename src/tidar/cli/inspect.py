@@ -148,6 +148,7 @@ def describe_model(source: str) -> dict[str, Any]:
     import dataclasses
     from collections import Counter
 
+    from tidar.decode.rivals import default_method
     from tidar.model import flops_per_row, num_parameters
     from tidar.tokens import Tokenizer
     from tidar.weights import load_checkpoint
@@ -157,13 +158,13 @@ def describe_model(source: str) -> dict[str, Any]:
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     weights = list(checkpoint.model.parameters())
     dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in weights)
-    has_tokenizer = (checkpoint.folder / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(checkpoint.folder) if has_tokenizer else None
+    tokenizer = Tokenizer.load(checkpoint.folder) if Tokenizer.is_in(checkpoint.folder) else None
     return {
         "source": source,
         "folder": str(checkpoint.folder),
         "config": dataclasses.asdict(config),
         "tidar": checkpoint.meta.to_json() if checkpoint.meta else None,
+        "method": default_method(config) if config.attention == "bidirectional" else None,
         "parameters": num_parameters(config),
         "dtypes": dict(dtypes),
         "weight_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
@@ -190,7 +191,7 @@ def _amount(number: float, unit: str = "") -> str:
 
 def facts_text(facts: dict[str, Any]) -> str:
     """`describe_model` for a person."""
-    config, meta, tokenizer = facts["config"], facts["tidar"], facts["tokenizer"]
+    config, tokenizer = facts["config"], facts["tokenizer"]
     rope = config["rope"]
     tied = "tied embeddings" if config["tie_embeddings"] else "separate output matrix"
     lines = [
@@ -204,14 +205,46 @@ def facts_text(facts: dict[str, Any]) -> str:
                       f"of size {config['head_dim']}"),
         ("positions", f"{config['max_positions']}, RoPE {rope['kind']}, base {rope['theta']:g}"),
         ("vocabulary", f"{config['vocab_size']} rows"),
-        ("cache", f"{_amount(facts['cache_bytes_per_token'], 'B')} per token"),
+        ("reads", _how_it_reads(facts)),
+        ("cache", f"{_amount(facts['cache_bytes_per_token'], 'B')} per token" + (
+            ", of one pass alone" if config["attention"] == "bidirectional" else "")),
         ("compute", f"{_amount(facts['flops_per_row'], 'FLOP')} per row, attention not counted"),
         ("tokenizer", "none in the folder" if tokenizer is None else
          f"{tokenizer['vocabulary']} tokens, end of text {tokenizer['end_of_text']}"),
-        ("tidar", "no entry: an ordinary autoregressive checkpoint. `tidar train` converts it."
-         if meta is None else
-         f"trained with K = {', '.join(map(str, meta['draft_lens']))}, mask token "
-         f"{meta['mask_token_id']}, alpha {meta['alpha']:g}, masking {meta['masking']}"),
+        ("tidar", _training(facts)),
         ("files", ", ".join(f"{n} {_amount(size, 'B')}" for n, size in facts["files"].items())),
     ]  # fmt: skip
     return "\n".join(f"{name:<11} {value}" for name, value in lines)
+
+
+def _how_it_reads(facts: dict[str, Any]) -> str:
+    """What a row sees, what it predicts, and by which method such a checkpoint writes."""
+    config = facts["config"]
+    if config["attention"] == "causal":
+        return "causally: a row sees those before it and predicts the next position"
+    predicts = "the next position (label shift)" if config["label_shift"] else "its own position"
+    return (
+        f"masked diffusion: every row sees every other and predicts {predicts}; mask token "
+        f"{config['mask_token_id']}; --method {facts['method']}"
+    )
+
+
+def _training(facts: dict[str, Any]) -> str:
+    """The "tidar" entry in words."""
+    meta = facts["tidar"]
+    if meta is not None and meta["draft_lens"]:
+        lens = ", ".join(map(str, meta["draft_lens"]))
+        return (
+            f"trained with K = {lens}, mask token {meta['mask_token_id']}, alpha {meta['alpha']:g}, "
+            f"masking {meta['masking']}"
+            + (
+                f"; for {meta['objective']}, clean rows {meta['span_attention']}"
+                if "objective" in meta
+                else ""
+            )
+        )
+    if meta is not None:
+        return f"trained for masked diffusion, mask token {meta['mask_token_id']}"
+    if facts["config"]["attention"] == "bidirectional":
+        return "no entry: a masked diffusion checkpoint as published"
+    return "no entry: an ordinary autoregressive checkpoint. `tidar train` converts it."

@@ -1,16 +1,18 @@
 """What `tidar train` measures at intervals: tokens per forward, by the decoder that users will run."""
 
 from itertools import islice, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidar.bench.repetition import mean_distinct
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import Request, tokens_per_forward
-from tidar.layout import dense_schedule
+from tidar.decode.rivals import Target, parse_rival
+from tidar.layout import Schedule, dense_schedule
+from tidar.methods import Method
 from tidar.methods.tidar import Tidar
 from tidar.sampling import SamplingParams
 from tidar.training.sources import documents
-from tidar.training.trainer import make_encoding
+from tidar.training.start import make_encoding
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +23,29 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.0, 1.0)
 
 
+def methods_of(config: "TrainConfig") -> list[str]:
+    """Methods that a checkpoint of this run is for, as `tidar generate --method` takes them; none for "ar".
+
+    Block diffusion at the threshold of Fast-dLLM, masked diffusion at two tokens a pass.
+    """
+    if config.objective == "tidar":
+        return [f"tidar:{draft_len}" for draft_len in config.draft_lens]
+    if config.objective == "block-diffusion":
+        full = ":full" if config.span_attention == "full" else ""
+        return [f"block-diffusion:{draft_len}:0.9{full}" for draft_len in config.draft_lens]
+    if config.objective == "masked-diffusion":
+        return ["masked-diffusion:32:16" + (":entropy:shift" if config.label_shift else "")]
+    return []
+
+
+def decoder(name: str, net: "Transformer", batch: int) -> tuple[Schedule, Method[Any]]:
+    """The schedule and the method of one of `methods_of`; TiDAR with all spans."""
+    if rival := parse_rival(name):
+        return rival[1], rival[2].method(Target(net), batch)
+    assert net.config.mask_token_id is not None
+    return dense_schedule(int(name.removeprefix("tidar:"))), Tidar(net.config.mask_token_id)
+
+
 class IntervalDecoding:
     """Decodes the beginnings of held-out documents; called by the trainer with the network and the step."""
 
@@ -29,17 +54,18 @@ class IntervalDecoding:
         self._prompts: dict[str, list[tuple[int, ...]]] = {}
 
     def __call__(self, net: "Transformer", step: int) -> dict[str, float]:
-        """Tokens per forward with all spans and the distinct-4-gram ratio, for each K that is trained.
+        """Tokens per forward and the distinct-4-gram ratio, for each method that the run trains for.
 
-        The names are `decode/SET/t0/k8/tokens_per_forward`: held-out set, temperature, K.
+        The names are `decode/SET/t0/k8/tokens_per_forward`: held-out set, temperature, and K, or another
+        method's name.
         """
         if not self._prompts:
             self._prompts = {name: self._read(net, name) for name, _ in self.config.eval_data}
         logs = {}
         for name, prompts in self._prompts.items():
-            for temperature, draft_len in product(TEMPERATURES, self.config.draft_lens):
-                ratio, distinct = self._decode(net, prompts, temperature, draft_len)
-                label = f"decode/{name}/t{temperature:g}/k{draft_len}"
+            for temperature, method in product(TEMPERATURES, methods_of(self.config)):
+                ratio, distinct = self._decode(net, prompts, temperature, method)
+                label = f"decode/{name}/t{temperature:g}/{method.replace('tidar:', 'k')}"
                 logs[f"{label}/tokens_per_forward"] = ratio
                 logs[f"{label}/distinct_4"] = distinct
         return logs
@@ -71,13 +97,12 @@ class IntervalDecoding:
         net: "Transformer",
         prompts: list[tuple[int, ...]],
         temperature: float,
-        draft_len: int,
+        method: str,
     ) -> tuple[float, float]:
-        mask = net.config.mask_token_id
-        assert mask is not None
         room = min(96, net.config.max_positions - self.prompt_tokens)
-        plan = FixedPlan(dense_schedule(draft_len))
-        engine = Engine(net, Tidar(mask), plan, max_batch=max(1, len(prompts)))
+        batch = max(1, len(prompts))
+        schedule, decoding = decoder(method, net, batch)
+        engine = Engine(net, decoding, FixedPlan(schedule), max_batch=batch)
         texts: list[list[int]] = [[] for _ in prompts]
         decoded = steps = 0
         requests = [

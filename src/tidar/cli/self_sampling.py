@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 from tidar.api import pick_device, pick_dtype
 from tidar.decode.sample import sample_streams
 from tidar.errors import TidarError
-from tidar.hf_config import config_from_hf, find_folder, read_json
+from tidar.families import need_causal
+from tidar.hf_config import find_folder, read_config, read_json
 from tidar.mask_token import prepare_mask_token
 from tidar.tokens import Tokenizer
 from tidar.training.config import TrainConfig, parse_argument
@@ -40,8 +41,9 @@ class BaseSampler:
                 f"{self.base} has neither a start token nor an end-of-text token, so there is nothing "
                 "to begin a text with; give --data instead of --self-data."
             )
-        limit = config_from_hf(read_json(self.folder / "config.json")).max_positions
-        self.length = min(config.seq_len, limit)
+        network, _ = read_config(read_json(self.folder / "config.json"), {})
+        need_causal(network, "Sampling from the base (--self-data)")
+        self.length = min(config.seq_len, network.max_positions)
         self.bar = tqdm(total=count, desc=f"sampling {name}", unit=" texts", disable=None)
 
     def __enter__(self) -> Self:

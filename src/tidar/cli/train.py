@@ -41,7 +41,10 @@ ArchArg = Annotated[
 TokenizerArg = Annotated[
     Path | None, typer.Option(help="From scratch: folder with tokenizer.json.")
 ]
-ObjectiveArg = Annotated[str | None, typer.Option(help="`tidar` or `ar`.")]
+ObjectiveArg = Annotated[
+    str | None,
+    typer.Option(help="`tidar`, `ar`, `eagle`, `block-diffusion` or `masked-diffusion`."),
+]
 DraftLensArg = Annotated[str | None, typer.Option(help="K, or several to mix: `4,8,16`.")]
 AlphaArg = Annotated[float | None, typer.Option(help="Weight of the causal loss.")]
 MaskingArg = Annotated[str | None, typer.Option(help="`full` or `random`.")]
@@ -52,6 +55,29 @@ SoftLabelsArg = Annotated[
 TeacherArg = Annotated[
     str | None,
     typer.Option(help="`causal` (own head, teaches drafting) or `base` (frozen; teaches both)."),
+]
+DraftVocabArg = Annotated[
+    int | None,
+    typer.Option(
+        "--draft-vocab-size",
+        help="Eagle: tokens that the head can draft, the most frequent ones; 32,000 or all by default.",
+    ),
+]
+TttArg = Annotated[
+    int | None,
+    typer.Option("--ttt-length", help="Eagle: draft steps unrolled in training; 7 by default."),
+]
+LabelShiftArg = Annotated[
+    bool,
+    typer.Option("--label-shift", help="Masked diffusion: the row before predicts (Dream)."),
+]
+SpanAttentionArg = Annotated[
+    str | None,
+    typer.Option(help="Block diffusion: clean rows are `causal`, or see their `full` span."),
+]
+DocumentsArg = Annotated[
+    str | None,
+    typer.Option(help="Both diffusions: `apart`, or packed ones `joined` to one text."),
 ]
 SeqLenArg = Annotated[int | None, typer.Option(help="Clean tokens per sequence.")]
 EvalDataArg = Annotated[
@@ -83,6 +109,11 @@ def train(
     anchors: AnchorsArg = None,
     soft_labels: SoftLabelsArg = None,
     teacher: TeacherArg = None,
+    draft_vocab_size: DraftVocabArg = None,
+    ttt_length: TttArg = None,
+    label_shift: LabelShiftArg = False,
+    span_attention: SpanAttentionArg = None,
+    documents: DocumentsArg = None,
     seq_len: SeqLenArg = None,
     eval_data: EvalDataArg = None,
     eval_every: EvalEveryArg = None,
@@ -92,10 +123,13 @@ def train(
 ) -> None:
     """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
 
+    With `--objective` it trains for another method: plain causal text (`ar`), block diffusion (BD3-LM, SDAR), masked
+    diffusion (LLaDA; Dream with `--label-shift`), or an EAGLE-3 draft head. At the end it says how that decodes.
+
     Any field of `transformers.TrainingArguments` is an option too: `--learning-rate 1e-5`, `--max-steps 1000`,
     `--per-device-train-batch-size 8`, `--gradient-checkpointing true`. Ctrl-C saves a checkpoint; the same
     command with `--resume` carries on. Every `--eval-every` steps the real decoder measures tokens per
-    forward on held-out prompts, beside both losses (`OUT/log.jsonl`, TensorBoard).
+    forward on held-out prompts, beside the losses (`OUT/log.jsonl`, TensorBoard).
 
     Examples:
 
@@ -109,7 +143,11 @@ def train(
     values.update(_own_options(context))
     if self_data:
         _sample_self_data(values, self_data)
-    record = _run(values, eval_prompts)
+    _tell(_run(values, eval_prompts), as_json)
+
+
+def _tell(record: dict[str, Any], as_json: bool) -> None:
+    """Prints what the run did."""
     if as_json:
         typer.echo(json.dumps(record))
         return
@@ -118,12 +156,15 @@ def train(
     told += f", {speed:,.0f} clean tokens/s" if speed else ""
     typer.echo(told + (f", MFU {mfu:.1%}" if mfu else ""))
     typer.echo(f"Checkpoint: {record['model']}")
+    if record["methods"]:
+        typer.echo(f"Decodes with --method {record['methods'][-1]}")
 
 
 def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
     """Trains by these options; what the run did, as JSON values. Exit code 130 after an interrupt."""
     from dataclasses import asdict
 
+    from tidar.cli.interval import methods_of
     from tidar.training.config import TrainConfig
     from tidar.training.trainer import TrainingInterrupted
     from tidar.training.trainer import train as run
@@ -141,7 +182,10 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
             err=True,
         )
         raise typer.Exit(130) from None
-    return {**asdict(result), "model": str(result.model)}
+    others = [name for name in methods_of(settings) if settings.objective != "tidar"]
+    if settings.objective == "eagle":  # the name holds the folder, so intervals cannot decode by it
+        others = [f"eagle:{result.model}:{settings.ttt_length}"]
+    return {**asdict(result), "model": str(result.model), "methods": others}
 
 
 def _recipe(path: Path | None) -> dict[str, Any]:
@@ -236,10 +280,12 @@ def _measurement(
     config: "TrainConfig", prompts: int
 ) -> "Callable[[Transformer, int], dict[str, float]] | None":
     """What the trainer calls at intervals: tokens per forward of the real decoder on held-out prompts."""
-    if config.objective != "tidar" or not config.eval_every or not config.eval_data or prompts < 1:
+    if not config.eval_every or not config.eval_data or prompts < 1:
         return None
-    from tidar.cli.interval import IntervalDecoding
+    from tidar.cli.interval import IntervalDecoding, methods_of
 
+    if not methods_of(config):
+        return None
     return IntervalDecoding(config, prompts, PROMPT_TOKENS)
 
 

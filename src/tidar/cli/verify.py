@@ -51,6 +51,7 @@ def verify(
 
     from tidar.api import bundled_folder, pick_device
     from tidar.errors import TidarError
+    from tidar.families import need_causal
     from tidar.verify.laws import LAWS, run_laws
     from tidar.verify.subject import make_subject
     from tidar.weights import DTYPES, load_checkpoint
@@ -60,6 +61,7 @@ def verify(
     checkpoint = load_checkpoint(
         model or bundled_folder(), device=pick_device(device), dtype=DTYPES[dtype]
     )
+    need_causal(checkpoint.config, "`tidar verify`")
     subject = make_subject(
         checkpoint.model,
         read_texts(prompts, checkpoint),
@@ -106,7 +108,7 @@ def read_texts(path: Path | None, checkpoint: "Checkpoint") -> list[list[int]]:
     from tidar.verify.subject import PROMPTS
 
     config = checkpoint.config
-    if path is None and not (checkpoint.folder / "tokenizer.json").is_file():
+    if path is None and not Tokenizer.is_in(checkpoint.folder):
         known = [i for i in range(config.vocab_size) if i != config.mask_token_id]
         pick = torch.randint(len(known), (3, 12), generator=torch.Generator().manual_seed(0))
         return [[known[i] for i in row] for row in pick.tolist()]

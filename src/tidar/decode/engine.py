@@ -150,7 +150,10 @@ class Engine:
         ]
         step = self.method.step(pending, schedule)
         attend = self.cache.attend(first, len(sequences), step.visible)
-        hidden = self.model(step.ids.to(self.device), step.positions.to(self.device), attend)
+        ids, positions = step.ids.to(self.device), step.positions.to(self.device)
+        hidden, tapped = self.model.forward_with_taps(ids, positions, attend, step.taps)
+        if tapped:
+            hidden = torch.cat((hidden, *tapped), dim=-1)
         verdicts = self.method.resolve(step, hidden, self.model.logits)
         seconds = time.perf_counter() - began
         events = [
@@ -196,9 +199,10 @@ class Engine:
         seconds: float,
     ) -> StepEvent:
         pending = step.pending[index]
-        self.cache.commit(slot, verdict.accepted)
+        self.cache.commit_rows(slot, verdict.kept)
         sequence.draft = after = verdict.draft
-        made = (*pending.draft.tokens[: verdict.accepted], *after.tokens[: after.certain])
+        committed = (pending.draft.tokens[row] for row in verdict.kept)
+        made = (*committed, *after.tokens[: after.certain])
         known = len(sequence.request.prompt) + len(sequence.emitted) - pending.prefix_len
         kept = sequence.emit(made[known:])
         ended = verdict.ended or self.cache.lengths[slot] >= self.limit

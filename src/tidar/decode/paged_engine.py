@@ -28,6 +28,7 @@ from tidar.decode.rules import COMPARING, Rule, SlotRules, rule_of
 from tidar.decode.scheduler import Chunk, Limits, Scheduler, Work
 from tidar.decode.slots import NOBODY, Backend, Replay, Slots, Stepper, StepShape
 from tidar.errors import TidarError
+from tidar.families import need_causal
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.model import Transformer
 from tidar.paged_cache import PagedCache
@@ -94,6 +95,7 @@ class PagedEngine:
         replay: Replay | None = None,
         draws: Draws | None = None,
     ) -> None:
+        need_causal(model.config, "The paged engine")
         limits = limits or EngineLimits()
         weight = next(model.parameters())
         self.model, self.plan, self.device = model, plan, weight.device

@@ -1,33 +1,39 @@
 """Methods beside TiDAR and AR, by name: what tells them apart, and what they need to run.
 
-`speculative:PATH:K`, `block-diffusion:K:THRESHOLD[:full]`, `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They
-run in the plain engine, at the schedule of their size.
+`speculative:PATH:K`, `eagle:PATH:K[:tree]`, `block-diffusion:K:THRESHOLD[:full]`,
+`masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They run in the plain engine, at the schedule of their size. What a
+name leaves out is as the checkpoint was trained.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from tidar.eagle_files import load_eagle_head
+from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
+from tidar.families import need_causal
 from tidar.layout import Schedule
 from tidar.methods import Method
-from tidar.methods.block_diffusion import Attention, BlockDiffusion
+from tidar.methods.block_diffusion import BlockDiffusion
+from tidar.methods.eagle import DraftHead, Eagle
 from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from tidar.methods.speculative import DraftModel, Speculative
-from tidar.model import Transformer
+from tidar.methods.tree import Tree, chain, spread
+from tidar.model import ModelConfig, SpanAttention, Transformer
 from tidar.tokens import Tokenizer
 from tidar.weights import load_checkpoint
 
 FORMS = (
-    "speculative:PATH:K, block-diffusion:K:THRESHOLD such as block-diffusion:16:0.9 (:full where clean rows of a "
-    "span see each other), masked-diffusion:SPAN:STEPS such as masked-diffusion:32:16 (:ORDER and :shift as "
-    "in masked-diffusion:256:128:entropy:shift)"
+    "speculative:PATH:K, eagle:PATH:K (:tree for several guesses a position), block-diffusion:K:THRESHOLD such "
+    "as block-diffusion:16:0.9 (:full where clean rows of a span see each other), masked-diffusion:SPAN:STEPS "
+    "such as masked-diffusion:32:16 (:ORDER and :shift as in masked-diffusion:256:128:entropy:shift)"
 )
 """How they are written, for messages."""
 
 
 @dataclass(slots=True)
 class Target:
-    """Mutable: the model that decodes, and the draft models loaded for it, each once.
+    """Mutable: the model that decodes, and the draft models and heads loaded for it, each once.
 
     tokenizer: the model's, where it has one; a draft model's must give the same tokens.
     """
@@ -35,16 +41,24 @@ class Target:
     model: Transformer
     tokenizer: Tokenizer | None = None
     drafts: dict[str, Transformer] = field(default_factory=dict)
+    heads: dict[str, EagleHead] = field(default_factory=dict)
+
+    def head(self, path: str) -> EagleHead:
+        """An EAGLE-3 head for the model, on its device. Raises TidarError for any other folder."""
+        if path not in self.heads:
+            weight = self.model.embed.weight
+            self.heads[path] = load_eagle_head(
+                path, self.model.config, device=weight.device, dtype=weight.dtype
+            )
+        return self.heads[path]
 
     def draft_model(self, path: str) -> Transformer:
         """A checkpoint with the model's vocabulary, on its device. Raises TidarError for any other."""
         if path not in self.drafts:
             weight = self.model.embed.weight
             loaded = load_checkpoint(path, device=weight.device, dtype=weight.dtype)
-            known = any(
-                (loaded.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")
-            )
-            if known and self.tokenizer is not None:
+            need_causal(loaded.config, f"A draft model ({path})")
+            if self.tokenizer is not None and Tokenizer.is_in(loaded.folder):
                 check_same_tokens(self.tokenizer, Tokenizer.load(loaded.folder), path)
             elif loaded.config.vocab_size != self.model.config.vocab_size:
                 raise TidarError(
@@ -100,6 +114,19 @@ class SpeculativeRival:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EagleRival:
+    """`eagle:PATH:K`: the EAGLE-3 head at PATH drafts a chain of K tokens; `:tree` a tree of that depth."""
+
+    path: str
+    tree: Tree
+    exact: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
+
+    def method(self, target: Target, max_batch: int) -> Eagle:
+        return Eagle(DraftHead(target.head(self.path), target.model, max_batch), self.tree)
+
+
 def _mask_of(target: Target) -> int:
     mask = target.model.config.mask_token_id
     assert mask is not None  # whoever makes an engine has checked
@@ -108,29 +135,40 @@ def _mask_of(target: Target) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockDiffusionRival:
-    """`block-diffusion:K:THRESHOLD`, and `:full` for checkpoints trained so; see `BlockDiffusion`."""
+    """`block-diffusion:K:THRESHOLD`, then `causal` or `full`, if not as trained; see `BlockDiffusion`."""
 
     threshold: float
-    attention: Attention
+    attention: SpanAttention | None = None
     exact: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = True
 
     def method(self, target: Target, max_batch: int) -> BlockDiffusion:
-        return BlockDiffusion(_mask_of(target), self.threshold, self.attention)
+        attention = self.attention or target.model.config.span_attention
+        return BlockDiffusion(_mask_of(target), self.threshold, attention)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedDiffusionRival:
-    """`masked-diffusion:SPAN:STEPS`, then an order, then `shift`; see `MaskedDiffusion`."""
+    """`masked-diffusion:SPAN:STEPS`, then an order, then `shift`; see `MaskedDiffusion`.
+
+    order: None is the one that the checkpoint's kind is decoded with: by entropy where labels are shifted, as in
+    Dream's README, else LLaDA's. shift: so in any case, or where the checkpoint was trained so.
+    """
 
     steps: int
-    order: Order
-    shift: bool
+    order: Order | None = None
+    shift: bool = False
     exact: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = True
 
     def method(self, target: Target, max_batch: int) -> MaskedDiffusion:
-        return MaskedDiffusion(_mask_of(target), self.steps, self.order, self.shift)
+        shift = self.shifts(target.model.config)
+        order = self.order or ("entropy" if target.model.config.label_shift else ORDERS[0])
+        return MaskedDiffusion(_mask_of(target), self.steps, order, shift)
+
+    def shifts(self, config: ModelConfig) -> bool:
+        """Whether the row before a position predicts it."""
+        return self.shift or config.label_shift
 
 
 def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
@@ -138,10 +176,19 @@ def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
     name, *rest = text.strip().split(":")
     parsers = {
         "speculative": _parse_speculative,
+        "eagle": _parse_eagle,
         "block-diffusion": _parse_block_diffusion,
         "masked-diffusion": _parse_masked_diffusion,
     }
     return parsers[name](text, rest) if name in parsers else None
+
+
+def default_method(config: ModelConfig) -> str:
+    """The method of a checkpoint trained with bidirectional attention, one pass a token.
+
+    Spans of 32 from left to right as in LLaDA's generate.py; the whole text at once as in Dream's README.
+    """
+    return "masked-diffusion:512:512" if config.label_shift else "masked-diffusion:32:32"
 
 
 def is_exact(method: str | None) -> bool:
@@ -168,12 +215,36 @@ def _parse_speculative(text: str, rest: list[str]) -> tuple[str, Schedule, Rival
     return f"speculative:{path}:{count}", Schedule(count + 1, ()), SpeculativeRival(path)
 
 
+MAX_TREE_DEPTH = 12
+"""Of the default tree, which then has 376 draft tokens."""
+
+
+def _parse_eagle(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
+    branches = rest[1:] != [] and rest[-1] == "tree"
+    *parts, count = rest[: len(rest) - branches] or [""]
+    path = ":".join(parts)
+    if not path:
+        raise TidarError(
+            f"method {text!r} is not understood: give eagle:PATH:K, the head's folder or hub id and how many "
+            "tokens it drafts, such as eagle:path/to/head:4, and :tree for a tree of that depth."
+        )
+    depth = _number(count, text)
+    if branches and depth > MAX_TREE_DEPTH:
+        raise TidarError(
+            f"method {text!r}: a tree may be up to {MAX_TREE_DEPTH} deep, not {depth}."
+        )
+    tree = spread(depth) if branches else chain(depth)
+    name = f"eagle:{path}:{depth}" + (":tree" if branches else "")
+    return name, Schedule(depth + 1, ()), EagleRival(path, tree)
+
+
 def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
-    attention: Attention = "full" if rest[2:] == ["full"] else "causal"
-    if len(rest) < 2 or rest[2:] not in ([], ["full"], ["causal"]):
+    said: dict[str, SpanAttention | None] = {"": None, ":full": "full", ":causal": "causal"}
+    end = "".join(f":{part}" for part in rest[2:])
+    if len(rest) < 2 or end not in said:
         raise TidarError(
             f"method {text!r} is not understood: give block-diffusion:K:THRESHOLD, such as "
-            "block-diffusion:16:0.9, and :full for a checkpoint whose clean rows see their whole span."
+            "block-diffusion:16:0.9, then :full (clean rows see their whole span) or :causal if not the checkpoint's."
         )
     try:
         threshold = float(rest[1])
@@ -182,23 +253,22 @@ def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, R
     if not 0.0 <= threshold <= 1.0:
         raise TidarError(f"method {text!r}: {rest[1]!r} is not a confidence from 0 to 1.")
     size = _number(rest[0], text)
-    name = f"block-diffusion:{size}:{threshold:g}" + (":full" if attention == "full" else "")
-    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, attention)
+    name = f"block-diffusion:{size}:{threshold:g}{end}"
+    return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, said[end])
 
 
 def _parse_masked_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, Rival]:
     shift = rest[2:] != [] and rest[-1] == "shift"
-    order = rest[2 : len(rest) - shift] or ["low-confidence"]
-    known = [each for each in ORDERS if [each] == order]
-    if len(rest) < 2 or not known:
+    said = rest[2 : len(rest) - shift]
+    order = next((each for each in ORDERS if [each] == said), None)
+    if len(rest) < 2 or (said and order is None):
         raise TidarError(
             f"method {text!r} is not understood: give masked-diffusion:SPAN:STEPS, such as "
-            f"masked-diffusion:32:16, then an order ({', '.join(ORDERS)}) if not the first, then shift if the "
-            "row before a position predicts it."
+            f"masked-diffusion:32:16, then an order ({', '.join(ORDERS)}) if not the checkpoint's, then shift if "
+            "the row before a position predicts it."
         )
     size, steps = _number(rest[0], text), _number(rest[1], text)
     if steps > size:
         raise TidarError(f"method {text!r}: {steps} passes over a span of {size} are too many.")
-    named = "" if known[0] == ORDERS[0] else f":{known[0]}"
-    name = f"masked-diffusion:{size}:{steps}{named}" + (":shift" if shift else "")
-    return name, Schedule(size, (1,)), MaskedDiffusionRival(steps, known[0], shift)
+    name = f"masked-diffusion:{size}:{steps}" + "".join(f":{part}" for part in rest[2:])
+    return name, Schedule(size, (1,)), MaskedDiffusionRival(steps, order, shift)

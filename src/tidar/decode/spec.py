@@ -12,12 +12,13 @@ from tidar.decode.engine import Engine, FixedPlan, Plan
 from tidar.decode.paged_costs import capture_candidates, plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.plan import MeasuredPlan
-from tidar.decode.rivals import FORMS, Rival, Target, parse_rival
+from tidar.decode.rivals import FORMS, MaskedDiffusionRival, Rival, Target, parse_rival
 from tidar.decode.slots import Replay
 from tidar.errors import TidarError
+from tidar.families import need_causal
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule
 from tidar.methods.tidar import Tidar
-from tidar.model import Transformer
+from tidar.model import ModelConfig, Transformer
 
 UNTRAINED = (4, 8, 16)
 """Values of K that a plan weighs where the checkpoint names none."""
@@ -53,6 +54,21 @@ class MethodSpec:
     @property
     def needs_mask(self) -> bool:
         return not self.is_ar if self.rival is None else self.rival.needs_mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether some of its rows see only what stands before them; so not in masked diffusion alone."""
+        return not isinstance(self.rival, MaskedDiffusionRival)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises TidarError for a checkpoint whose weights this method cannot read."""
+        if self.is_causal:
+            need_causal(config, f"Method {self.name}")
+        if self.needs_mask and config.mask_token_id is None:
+            raise TidarError(
+                f"Method {self.name} reads mask rows, and this checkpoint has no mask token "
+                '(no "tidar" entry in config.json). Convert it with `tidar train`, or use ar.'
+            )
 
     def plan(
         self, model: Transformer, method: Tidar, *, batch: int = 1, draft_lens: Sequence[int] = ()
@@ -105,15 +121,11 @@ class MethodSpec:
         """An engine that decodes this way: the plain one, or with `limits` the paged one.
 
         target: keeps draft models from one engine to the next. replay: acceptance that is made up, on the
-        model's device. Raises TidarError for a model without a mask token, for limits below this method's
-        K, and for a method that the paged engine does not run.
+        model's device. Raises TidarError for what `check` refuses, for limits below this method's K, and for a
+        method that the paged engine does not run.
         """
+        self.check(model.config)
         mask = model.config.mask_token_id
-        if mask is None and self.needs_mask:
-            raise TidarError(
-                f"Method {self.name} reads mask rows, and this checkpoint has no mask token "
-                '(no "tidar" entry in config.json). Convert it with `tidar train`, or use ar.'
-            )
         if self.rival is not None:
             return self._rival(self.rival, target or Target(model), max_batch, limits)
         longest = self.max_draft_len(draft_lens)

@@ -1,7 +1,8 @@
 """TiDAR as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=TidarLM(...))`, or by the name `tidar`.
 
-Likelihoods come from the causal reading alone (`likelihood.py`), whatever the method; texts from the engine, by any
-method. Tokenising, truncation and the cutting of texts at stop strings follow the harness's own `hf` model.
+Likelihoods are the causal model's (`likelihood.py`), which all methods decode but the two diffusions; those have a
+bound of their own (`bound.py`). Texts come from the engine, by any method. Tokenising, truncation and the cutting of
+texts at stop strings follow the harness's own `hf` model.
 """
 
 import hashlib
@@ -25,7 +26,10 @@ from tidar.api import EngineName, LanguageModel, load
 from tidar.decode.request import tokens_per_forward
 from tidar.decode.spec import MethodSpec, parse_method
 from tidar.errors import TidarError
-from tidar.evaluation.likelihood import Work, score
+from tidar.evaluation.bound import SAMPLES, score_bound
+from tidar.evaluation.likelihood import Pair, Score, Work, score
+from tidar.evaluation.readings import reading_of
+from tidar.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 256
 """Of a task that says nothing, as the harness's `hf` model has it."""
@@ -98,14 +102,16 @@ class Generated:
 
 @dataclass(slots=True)
 class Scored:
-    """Mutable: what likelihoods took."""
+    """Mutable: what likelihoods took. mc_samples: of each text's bound; None where they are exact."""
 
+    mc_samples: int | None = None
     requests: int = 0
     seconds: float = 0.0
     work: Work = field(default_factory=Work)
 
     def to_json(self) -> dict[str, Any]:
-        return {"requests": self.requests, "seconds": self.seconds, **asdict(self.work)}
+        kind = {"is_bound": self.mc_samples is not None, "mc_samples": self.mc_samples}
+        return {**kind, "requests": self.requests, "seconds": self.seconds, **asdict(self.work)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +127,38 @@ class _Options:
 
 def engine_options(spec: MethodSpec) -> dict[str, Any]:
     """A method's name as options of `LanguageModel.stream_batch`."""
+    if spec.rival is not None:
+        return {"method": spec.name}
     if spec.is_ar:
         return {"method": "ar"}
     if spec.schedule is None:
         return {"method": "tidar", "span_set": "plan"}
     _, draft_len, span_set = spec.name.split(":")
     return {"method": "tidar", "draft_len": int(draft_len), "span_set": span_set}
+
+
+def default_spec(model: LanguageModel) -> str:
+    """The method that a checkpoint is evaluated by where none is named."""
+    return "tidar:plan" if model.default_method == "tidar" else model.default_method
+
+
+def check_method(model: LanguageModel, spec: MethodSpec, engine: EngineName) -> None:
+    """Raises TidarError for a method that this checkpoint or this engine cannot run."""
+    if model.rival(spec.name if spec.rival else "ar", engine) is None:
+        model.plan_spec(**engine_options(spec))
+    else:
+        spec.engine(model.network, target=model.target)
+
+
+def _at_least_one(name: str, value: int | str) -> int:
+    """Options come as text from the harness's own command line."""
+    try:
+        number = int(value)
+    except ValueError:
+        raise TidarError(f"{name} is {value!r}; it must be a whole number.") from None
+    if number < 1:
+        raise TidarError(f"{name} is {number}; it must be at least 1.")
+    return number
 
 
 def text_seed(seed: int, context: str, repeat: int) -> int:
@@ -140,9 +172,9 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     """Mutable: `generated`, `scored` and `texts` grow until `start` empties them.
 
     pretrained: a model that is loaded, or its folder or hub id; None is the bundled checkpoint. method: as in
-    `tidar bench`; by default `tidar:plan` where the checkpoint drafts, else `ar`. batch_size: texts at a time.
-    temperature, seed: instead of the task's own temperature; of the sampling noise. progress: told of requests. Raises
-    TidarError for what cannot be loaded or asked for.
+    `tidar bench`; by default the best that the checkpoint can. batch_size: texts at a time. temperature, seed: instead
+    of the task's own temperature; of all that is drawn. mc_samples: of each text, for a diffusion method's
+    likelihoods. progress: told of requests. Raises TidarError for what cannot be loaded or asked for.
     """
 
     def __init__(
@@ -157,6 +189,7 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         engine: EngineName = "auto",
         temperature: float | None = None,
         seed: int = 0,
+        mc_samples: int | str = SAMPLES,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
@@ -165,15 +198,13 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.model = pretrained
         self.network, self._tokens = pretrained.network, pretrained.tokenizer
         self.tokenizer = pretrained.tokenizer.backend
-        self.spec = parse_method(method or ("tidar:plan" if pretrained.meta else "ar"))
+        self.spec = parse_method(method or default_spec(pretrained))
         self._how = engine_options(self.spec)
-        pretrained.plan_spec(**self._how)  # says at once what this checkpoint cannot do
-        try:
-            self.batch = int(batch_size or 8)
-        except ValueError:
-            raise TidarError(f"batch_size is {batch_size!r}; it must be a whole number.") from None
-        if self.batch < 1:
-            raise TidarError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_method(pretrained, self.spec, engine)  # says at once what this checkpoint cannot do
+        self.reading = reading_of(self.spec, self.network.config)
+        self.batch = _at_least_one("batch_size", batch_size or 8)
+        self.mc_samples = _at_least_one("mc_samples", mc_samples)
+        SamplingParams(seed=seed, temperature=temperature or 0.0)  # refuses impossible ones
         self.engine, self.temperature, self.seed = engine, temperature, seed
         self.progress = progress or Silent()
         self._device = self.network.embed.weight.device
@@ -181,7 +212,8 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def start(self) -> None:
         """Begins new counts."""
-        self.generated, self.scored = Generated(), Scored()
+        self.generated = Generated()
+        self.scored = Scored(self.mc_samples if self.reading else None)
         self.texts: list[Text] = []
 
     # --- what the harness asks of a model with a tokenizer ---
@@ -238,18 +270,30 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         **_: object,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        self.progress.begin("likelihood", len(pairs))
+        return [(each.logprob, each.greedy) for each in self._score(pairs, greedy=True)]
+
+    @property
+    def likelihood(self) -> str:
+        """Whose likelihoods these are: equal for methods that would give the same ones."""
+        return f"{self.reading.name}, bound" if self.reading else "likelihood"
+
+    def _score(self, pairs: Sequence[Pair], *, greedy: bool) -> list[Score]:
+        """Log-probabilities of continuations; greedy: whether they are what decoding would write matters."""
+        self.progress.begin(self.likelihood, len(pairs))
         began = time.perf_counter()
-        scores = score(
-            self.network,
-            pairs,
-            batch=self.batch,
-            work=self.scored.work,
-            on_done=self.progress.advance,
-        )
+        common: dict[str, Any] = {
+            "batch": self.batch, "work": self.scored.work, "on_done": self.progress.advance,
+        }  # fmt: skip
+        if self.reading is None:
+            scores = score(self.network, pairs, **common)
+        else:
+            scores = score_bound(
+                self.network, self.reading, pairs,
+                samples=self.mc_samples, seed=self.seed, greedy=greedy, **common,
+            )  # fmt: skip
         self.scored.seconds += time.perf_counter() - began
         self.scored.requests += len(pairs)
-        return [(each.logprob, each.greedy) for each in scores]
+        return scores
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -260,15 +304,15 @@ class TidarLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
             for window in get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
+                # A causal pass never reads the last token; a row of a diffusion's holds every one.
+                max_seq_len=self.max_length - (self.reading is not None),
                 context_len=1,
             )
         ]
         sums = [0.0] * len(requests)
-        for (index, *_), (logprob, _) in zip(
-            windows, self._loglikelihood_tokens(windows), strict=True
-        ):
-            sums[index] += logprob
+        found = self._score([(context, tokens) for _, context, tokens in windows], greedy=False)
+        for (index, *_), each in zip(windows, found, strict=True):
+            sums[index] += each.logprob
         self.scored.requests += len(requests) - len(windows)
         return sums
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from tidar.api import EngineName, LanguageModel
 from tidar.decode.spec import MethodSpec
 from tidar.errors import TidarError
+from tidar.evaluation.bound import SAMPLES
 from tidar.evaluation.code_metric import sandboxed
 from tidar.evaluation.harness import Progress, Silent, Text, TidarLM
 from tidar.evaluation.local_data import KINDS, TASKS, Files, find_files
@@ -37,7 +38,8 @@ BOOTSTRAP = 1000
 class Asked:
     """What shall be evaluated, and how. None: the preset's, or the task's own.
 
-    paper: take shots and lengths from `presets.PRESETS`; else the harness's. samples: keep prompts and answers.
+    paper: take shots and lengths from `presets.PRESETS`; else the harness's. mc_samples: of each text, for likelihoods
+    of diffusion methods. samples: keep prompts and answers.
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +52,7 @@ class Asked:
     temperature: float | None = None
     seed: int = 0
     batch: int = 8
+    mc_samples: int = SAMPLES
     engine: EngineName = "auto"
     chat_template: bool = False
     allow_weak_sandbox: bool = False
@@ -95,7 +98,7 @@ def run_tasks(
     runners = {
         spec.name: TidarLM(
             model, spec.name, batch_size=asked.batch, engine=asked.engine, seed=asked.seed,
-            temperature=asked.temperature, progress=progress or Silent(),
+            temperature=asked.temperature, mc_samples=asked.mc_samples, progress=progress or Silent(),
         )
         for spec in asked.methods
     }  # fmt: skip
@@ -152,25 +155,28 @@ def _run_task(
     results: Results,
     repetition: Repetition,
 ) -> None:
-    """One task by each method; by one alone if nothing is generated, for a likelihood knows no methods."""
+    """One task by each method; if nothing is generated, by each way that the methods give likelihoods."""
     wanted = asked.preset(name)
     loaded = _load(name, manager, files)
     _configure(name, loaded["tasks"], wanted, files)
     generates = any(t.get_config("output_type") == "generate_until" for t in loaded["tasks"].values())  # fmt: skip
     told: dict[str, Any] = {}
     texts: dict[str, list[Text]] = {}
-    for method, lm in list(runners.items())[: None if generates else 1]:
+    for method, lm in runners.items():
+        label = method if generates else lm.likelihood
+        if label in told:  # another method with the same likelihoods
+            continue
         lm.start()
         began = time.perf_counter()
         found = _evaluate(lm, loaded, asked)
-        label = method if generates else "likelihood"
         told[label] = {
             "scores": _scores(found),
             "generation": _cost(lm, repetition),
             "likelihood": lm.scored.to_json() if lm.scored.requests else None,
             "seconds": time.perf_counter() - began,
         }
-        texts[method] = lm.texts
+        if lm.spec.is_exact:
+            texts[method] = lm.texts
         results.samples += _samples(found, name, label)
     for method, figures in told.items():
         if "ar" in texts and method in texts:

@@ -75,6 +75,7 @@ class Step:
     visible: bool `[W, W]`, or `[B, W, W]` where sequences differ; every row also sees its whole prefix.
     rows: of each sequence, those that are its own (others fill up `W`). prefill: the pass only takes a
     text in, so it is no decode step. draft_forwards: passes of another, smaller network that went before.
+    taps: layers whose outputs `resolve` needs as well; they stand behind the final hidden states.
     """
 
     pending: tuple[Pending, ...]
@@ -84,12 +85,14 @@ class Step:
     rows: tuple[int, ...]
     prefill: bool = False
     draft_forwards: int = 0
+    taps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How a step ended for one sequence: `accepted` of its draft tokens commit, `draft` comes next.
 
+    rows: which ones, rising; None: the first `accepted`.
     tried, settled: positions that were up for a decision and those decided, for the statistics, where
     these are not the draft tokens and `accepted`. ended: there is no position left to write to.
     """
@@ -99,6 +102,12 @@ class Verdict:
     tried: int | None = None
     settled: int | None = None
     ended: bool = False
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """The rows of the step, and so the tokens of its draft, that commit."""
+        return range(self.accepted) if self.rows is None else self.rows
 
 
 S = TypeVar("S", bound=Step)
@@ -116,7 +125,7 @@ class Method(Protocol[S]):
         ...
 
     def resolve(self, step: S, hidden: Tensor, project: Project) -> list[Verdict]:
-        """Verdicts from the final hidden states `[B, W, hidden_size]` of a step."""
+        """Verdicts from the final hidden states of a step, `[B, W, (1 + taps) * hidden_size]`."""
         ...
 
     def release(self, request_id: int) -> None:

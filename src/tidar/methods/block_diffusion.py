@@ -11,7 +11,6 @@ Not AR's text: tokens of a span are chosen side by side, none knowing the others
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +19,11 @@ from tidar.layout import Schedule, clean_rows, dense, span_rows
 from tidar.methods import Draft, Pending, Project, Step, Verdict
 from tidar.methods.choices import Cell, gather
 from tidar.methods.denoise import check_unverified, probability_of, propose
+from tidar.model import SpanAttention
 from tidar.sampling import SamplingParams
 
-Attention = Literal["causal", "full"]
-"""What clean rows see: those before them, or all of their own span as well (and then spans lie on a grid)."""
 
-
-def who_sees(clean: int, span: int, draft_len: int, attention: Attention) -> Tensor:
+def who_sees(clean: int, span: int, draft_len: int, attention: SpanAttention) -> Tensor:
     """The rule over `clean` rows and one span of `span` rows behind them, bool `[clean + span, ...]`.
 
     "causal" is TiDAR's rule, and fits checkpoints that were trained with it. "full" adds that clean rows
@@ -72,7 +69,7 @@ class BlockDiffusion:
 
     mask_token_id: int
     threshold: float = 0.9
-    attention: Attention = "causal"
+    attention: SpanAttention = "causal"
 
     def check(self, params: SamplingParams, *, forced: bool) -> None:
         """See `Method`."""

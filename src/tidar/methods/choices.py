@@ -60,6 +60,17 @@ def choices(pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor) -
     return chosen
 
 
+def decisions(pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor) -> list[int]:
+    """`choices` as verdicts take them: what a text is forced to say is chosen, whatever the logits."""
+    chosen = choices(pending, cells, logits)
+    for i, cell in enumerate(cells):
+        forced = pending[cell.sequence].forced
+        # Only verdicts are forced, never what a drafter writes.
+        if forced is not None and cell.predicts < len(forced):
+            chosen[i] = forced[cell.predicts]
+    return chosen
+
+
 def verify(
     pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor
 ) -> list[tuple[int, int]]:
@@ -67,12 +78,7 @@ def verify(
 
     cells, logits: the rows of `draft_cells` and their logits `[len(cells), V]`.
     """
-    chosen = choices(pending, cells, logits)
-    for i, cell in enumerate(cells):
-        forced = pending[cell.sequence].forced
-        # Only verdicts are forced, never what a drafter writes.
-        if forced is not None and cell.predicts < len(forced):
-            chosen[i] = forced[cell.predicts]
+    chosen = decisions(pending, cells, logits)
     outcomes = []
     start = 0
     for p in pending:

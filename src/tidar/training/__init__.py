@@ -1,1 +1,1 @@
-"""Training: data, the joint loss, and the run. Never imports `tidar.decode`."""
+"""Training: data, objectives, and the run. Never imports `tidar.decode`."""

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tidar.errors import TidarError
+from tidar.hf_config import Masking
+from tidar.model import SpanAttention
 from tidar.training.objective import Objective
+from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source
+from tidar.training.spans import Anchors, Documents
 
 # Set by us from other fields; giving them as well would leave two truths.
 _TAKEN: Final = {
@@ -50,11 +54,13 @@ class TrainConfig:
     scratch. arch: JSON or YAML file with the fields of a Hugging Face config.json. data, eval_data:
     what to learn; held-out data by name. seq_len: clean tokens per sequence. A multiple of 128 on a
     GPU. compile, attention: "auto" is compiled FlexAttention on a GPU and plain dense attention on
-    a CPU. min_lr_ratio: final over highest learning rate of the default schedule (cosine after a
-    warm-up). eval_every: steps between held-out losses and calls of `on_interval`; 0 is never.
-    eval_sequences: sequences of each held-out set that are used. save_dtype: of the final model;
-    "auto" is the base's, or float32 from scratch. peak_tflops: of one device, for the model FLOPs
-    utilisation; 0 looks the device up. resume: carry on from the last whole checkpoint in `out`.
+    a CPU. objective: what to learn; alpha to documents are options of objectives, each of which takes
+    those of its fields (`tidar.training.objectives`). min_lr_ratio: final over highest learning rate
+    of the default schedule (cosine after a warm-up). eval_every: steps between held-out losses and
+    calls of `on_interval`; 0 is never. eval_sequences: sequences of each held-out set that are used.
+    save_dtype: of the final model; "auto" is the base's, or float32 from scratch. peak_tflops: of one
+    device, for the model FLOPs utilisation; 0 looks the device up. resume: carry on from the last
+    whole checkpoint in `out`.
     """
 
     out: Path
@@ -67,13 +73,18 @@ class TrainConfig:
     end_token: str | None = None
     seq_len: int = 1024
     cache_dir: Path | None = None
-    objective: Literal["tidar", "ar"] = "tidar"
+    objective: ObjectiveName = "tidar"
     alpha: float = 1.0
     draft_lens: tuple[int, ...] = (16,)
-    masking: Literal["full", "random"] = "full"
-    anchors: Literal["grid", "random"] = "grid"
+    masking: Masking = "full"
+    anchors: Anchors = "grid"
     soft_labels: float = 0.0
     teacher: Literal["causal", "base"] = "causal"
+    draft_vocab_size: int = 0
+    ttt_length: int = 7
+    label_shift: bool = False
+    span_attention: SpanAttention = "causal"
+    documents: Documents = "apart"
     head_chunk: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
@@ -111,25 +122,30 @@ class TrainConfig:
                 "optimizer muon, or optim with optimizer adamw."
             )
         self.objective_with(seed=0)
-        if self.objective == "tidar" and max(self.draft_lens) > self.seq_len:
+        spans = self.objective in ("tidar", "block-diffusion")
+        if spans and max(self.draft_lens) > self.seq_len:
             raise TidarError(
                 f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
                 "a span must fit a sequence."
             )
+        if self.objective == "eagle":
+            self._check_eagle()
+
+    def _check_eagle(self) -> None:
+        if self.base is None:
+            raise TidarError("objective 'eagle' trains a head for a checkpoint: give base.")
+        if self.ttt_length > self.seq_len - 2:
+            raise TidarError(
+                f"ttt_length is {self.ttt_length}, which does not fit seq_len {self.seq_len}: the last step "
+                "would predict nothing."
+            )
 
     def objective_with(self, seed: int) -> Objective:
         """The objective of this run. Raises TidarError for impossible values."""
-        return Objective(
-            name=self.objective,
-            alpha=self.alpha,
-            draft_lens=self.draft_lens,
-            masking=self.masking,
-            anchors=self.anchors,
-            soft_labels=self.soft_labels,
-            teacher=self.teacher,
-            head_chunk=self.head_chunk,
-            seed=seed,
-        )
+        kind = OBJECTIVES[self.objective]
+        names = {option.name for option in dataclasses.fields(kind)} - {"seed"}
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return kind(seed=seed, **options)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":

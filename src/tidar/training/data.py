@@ -107,6 +107,15 @@ class TokenData(Dataset[Batch]):
             "epoch": torch.tensor(epochs if epochs is not None else [0] * len(index)),
         }
 
+    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each token comes up, `[vocab_size]`, filling at the end included."""
+        total = np.zeros(vocab_size, dtype=np.int64)
+        step = max(1, _GATHER_TOKENS // self.meta.seq_len)
+        for start in range(0, len(self), step):
+            part = self._tokens[start : start + step].ravel()
+            total += np.bincount(part, minlength=vocab_size)
+        return total
+
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.batch([index]).items()}
 

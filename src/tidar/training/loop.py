@@ -19,7 +19,7 @@ from tidar.errors import TidarError
 from tidar.training.checkpoints import PARTIAL, disk_errors, publish
 from tidar.training.config import TrainConfig
 from tidar.training.data import InOrder, RunData
-from tidar.training.metrics import JsonLog, StepTimes, device_peak, peak_memory_gib, step_flops
+from tidar.training.metrics import JsonLog, StepTimes, device_peak, peak_memory_gib
 from tidar.training.objective import TrainingModel
 from tidar.training.optimizers import MuonAdamW, adamw
 
@@ -122,7 +122,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+class ObjectiveTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """`Trainer` over a `TrainingModel` and a `RunData` (one long epoch)."""
 
     def __init__(
@@ -134,7 +134,7 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         evaluate: Evaluate | None,
     ) -> None:
         self.config = config
-        self.joint = model
+        self.learner = model
         self.times = StepTimes()
         self.json_log = JsonLog(config.out.expanduser().resolve() / "log.jsonl")
         self.run_evaluation = evaluate
@@ -162,7 +162,7 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 return super().create_optimizer(model)
             make = MuonAdamW if self.config.optimizer == "muon" else adamw
             self.optimizer = make(
-                list((model or self.joint).named_parameters()),
+                list((model or self.learner).named_parameters()),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
@@ -228,10 +228,9 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Losses and speed since the last log row."""
         row: dict[str, float] = {}
         if self._stats is not None:
-            clean, mask, items, visible = self.accelerator.reduce(self._stats).tolist()
-            row["clean_loss"] = clean / max(items, 1.0)
-            if self.config.objective == "tidar":
-                row["mask_loss"] = mask / max(items, 1.0)
+            *sums, items, visible = self.accelerator.reduce(self._stats).tolist()
+            for name, value in zip(self.learner.losses, sums, strict=True):
+                row[name] = value / max(items, 1.0)
             self._visible_per_step = visible / max(self._stats_steps, 1)
             self._stats, self._stats_steps = None, 0
         row["clean_tokens"] = float(self.state.global_step * self.tokens_per_step)
@@ -248,12 +247,7 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Clean tokens per second of all processes, and MFU where the device's peak is known."""
         row = {"tokens_per_second": self.tokens_per_step / seconds}
         if self.peak:
-            flops = step_flops(
-                self.joint.net.config,
-                self.tokens_per_step,
-                self._visible_per_step,
-                doubled=self.config.objective == "tidar",
-            )
+            flops = self.learner.flops(self.tokens_per_step, self._visible_per_step)
             row["mfu"] = flops / seconds / (self.peak * self.args.world_size)
         return row
 
@@ -283,7 +277,7 @@ class JointTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 class EvaluateFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Measures before the first step as well, so that a log begins with what the run began with."""
 
-    def __init__(self, trainer: JointTrainer) -> None:
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

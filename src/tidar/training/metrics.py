@@ -38,13 +38,13 @@ def device_peak(device: torch.device) -> float | None:
     return next((peak * 1e12 for key, peak in _PEAKS if key in name), None)
 
 
-def step_flops(config: ModelConfig, rows: float, visible: float, *, doubled: bool) -> float:
-    """Forward and backward operations: `rows` clean tokens whose rows see `visible` keys in all.
+def step_flops(config: ModelConfig, tokens: float, visible: float, rows_per_token: int) -> float:
+    """Forward and backward operations: `tokens` clean tokens whose rows see `visible` keys in all.
 
-    `doubled` counts the mask rows as well. Recomputation is not counted, as is custom.
+    Recomputation is not counted, as is custom.
     """
-    all_rows = rows * (2 if doubled else 1)
-    return 3.0 * all_rows * flops_per_row(config, visible / max(all_rows, 1.0))
+    rows = tokens * rows_per_token
+    return 3.0 * rows * flops_per_row(config, visible / max(rows, 1.0))
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -1,217 +1,181 @@
-"""What is learned: the joint loss of causal and mask rows (arXiv 2511.08923, section 3.1).
+"""What all objectives share. An objective is one file in `objectives/`: its options, and its loss.
 
-A sequence is read once as `[clean | masks]`. Clean rows predict the next token, mask rows the token
-at their own position; both halves have equally many labels. The loss of a batch is
-
-    (alpha * sum of clean losses + sum of mask losses) / (1 + alpha) / number of labels of one half
-
-summed over micro-batches and processes, so that accumulation equals one large batch. Draft lengths,
-anchors and masks are a hash of (seed, epoch, sequence index), never of a generator's state:
-resuming and the number of processes change nothing.
+The options say what the checkpoint will be. Its `model` is the network with the loss: one forward is
+one loss. That loss is a sum over labels, divided by the labels of the whole optimizer step, so that
+accumulation and several processes equal one large batch. Whatever is drawn is a hash of (seed, epoch,
+sequence index), never of a generator's state: resuming and the number of processes change nothing.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidar.attention import Attend, dense_attend
 from tidar.errors import TidarError
-from tidar.layout import IGNORE, Rows, dense, training_labels, training_rows
+from tidar.hf_config import TidarMeta
+from tidar.layout import Rows, dense
 from tidar.model import Layer, Transformer
-from tidar.sampling import mix
+from tidar.training.chunked import ChunkLoss, chunk_loss, even_chunk
+from tidar.training.data import TokenData
 from tidar.training.flex import flex_training_attend
+from tidar.training.metrics import step_flops
+from tidar.training.start import Start
+from tidar.weights import save_checkpoint
 
-CHUNK_ELEMENTS = 1 << 29
-"""Logits held at once by default, in elements (2 GiB as float32)."""
-
-SMALLEST_RATIO = 1e-3
-"""Lower bound of the share of a span that random masking masks, so that no row weighs above 1000."""
-
-ChunkLoss = Callable[..., Tensor]
+Attention = Literal["dense", "flex"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What to learn, and how mask rows are laid out.
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """The options of an objective; each field is one of `TrainConfig`.
 
-    name: "tidar" (both halves) or "ar" (the clean half alone, for twins and cost comparisons).
-    alpha: weight of the causal loss. draft_lens: values of K; each sequence draws one.
-    masking: "full", or "random" (each span masks a share t ~ U(0, 1] of its rows, at least
-        0.001, weighted 1 / t; the others hold their token; visibility stays).
-    anchors: grid of spans from each document's start ("grid"), or shifted at random ("random").
-    soft_labels: share of the loss taken against the teacher's distribution instead of the token;
-        0 is the paper's loss.
-    teacher: whose distribution. "causal": the network's own causal head, stopped gradient; it teaches
-        the mask half. "base": the network before training, frozen; it teaches both halves, which
-        keeps the causal head where it was (knowledge distillation, arXiv 1503.02531).
     head_chunk: rows projected to the vocabulary at once; 0 picks it from the vocabulary size.
+    seed: of everything that is drawn.
     """
 
-    name: Literal["tidar", "ar"] = "tidar"
-    alpha: float = 1.0
-    draft_lens: tuple[int, ...] = (16,)
-    masking: Literal["full", "random"] = "full"
-    anchors: Literal["grid", "random"] = "grid"
-    soft_labels: float = 0.0
-    teacher: Literal["causal", "base"] = "causal"
     head_chunk: int = 0
     seed: int = 0
 
+    needs_mask: ClassVar[bool] = True
+    """Whether it reads mask rows, so that the network needs a mask token."""
+
     def __post_init__(self) -> None:
-        choices = {"name": ("tidar", "ar"), "masking": ("full", "random")}
-        choices |= {"anchors": ("grid", "random"), "teacher": ("causal", "base")}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise TidarError(
-                    f"{field} is {getattr(self, field)!r}; it must be {' or '.join(allowed)}."
-                )
-        if not 0.0 <= self.alpha < float("inf"):
-            raise TidarError(f"alpha is {self.alpha}; it must be a finite number from 0.")
-        if not 0.0 <= self.soft_labels <= 1.0:
-            raise TidarError(f"soft_labels is {self.soft_labels}; it must be from 0 to 1.")
-        lens = self.draft_lens
-        if not lens or list(lens) != sorted(set(lens)) or lens[0] < 1:
-            raise TidarError(
-                f"draft_lens is {lens}; give one or more rising numbers from 1, such as (8, 16)."
-            )
-        if self.teacher == "base" and not self.soft_labels:
-            raise TidarError(
-                "teacher 'base' without soft_labels teaches nothing; set soft_labels, 1 for example."
-            )
+        """Raises TidarError for impossible values."""
         if self.head_chunk < 0:
             raise TidarError(f"head_chunk is {self.head_chunk}; it must be 0 (automatic) or more.")
 
+    def meta(self, mask_token_id: int) -> TidarMeta | None:
+        """What the checkpoint says of this training; None where it is a plain autoregressive one."""
+        return None
 
-def uniform(*counters: Tensor | int) -> Tensor:
-    """A uniform number in [0, 1), float32: a hash of the counters, which broadcast.
+    @abstractmethod
+    def model(
+        self, net: Transformer, *, attention: Attention = "dense", fast: bool = False
+    ) -> "TrainingModel":
+        """The network with this loss; see `TrainingModel`."""
 
-    The same on every device. Each counter is mixed in separately, so that none trades for another.
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a forward pass comes to, each a number of one element.
+
+    total: the loss summed over labels, with gradient. losses: what is logged, one for each name in
+    `TrainingModel.losses`, summed too. labels: how many there are. visible: keys that all rows see.
     """
-    state: Tensor = torch.zeros((), dtype=torch.int64)
-    for counter in counters:
-        if isinstance(counter, Tensor) and state.dim() == 0:
-            state = state.to(counter.device)
-        state = mix(state + counter + 0x5851F42D4C957F2D)
-    return ((state >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+    total: Tensor
+    losses: tuple[Tensor, ...]
+    labels: Tensor
+    visible: Tensor
 
 
-def layout(objective: Objective, document: Tensor, epoch: Tensor, index: Tensor) -> Rows:
-    """Rows of a batch: `[clean | masks]`, or the clean half alone for "ar"."""
-    choices = torch.tensor(objective.draft_lens, device=document.device)
-    pick = (uniform(objective.seed, 1, epoch, index) * len(choices)).long()
-    draft_len = choices[pick]
-    offset = torch.zeros_like(draft_len)
-    if objective.anchors == "random":
-        offset = (uniform(objective.seed, 2, epoch, index) * draft_len).long()
-    rows = training_rows(document, draft_len, offset)
-    if objective.name == "ar":
-        return rows.apply(lambda attribute: attribute[:, : document.shape[1]])
-    return rows
-
-
-def mask_half(
-    objective: Objective, ids: Tensor, span: Tensor, batch: dict[str, Tensor], mask_id: int
-) -> tuple[Tensor, Tensor | None]:
-    """Token ids of the mask half `[B, L]`, and the loss weight of each row (None: all 1)."""
-    if objective.masking == "full":
-        return torch.full_like(ids, mask_id), None
-    epoch, index = batch["epoch"].unsqueeze(1), batch["index"].unsqueeze(1)
-    place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    # LLaDA keeps the share, by which it too divides, at or above eps = 1e-3: `forward_process` in
-    # https://github.com/ML-GSAI/LLaDA/blob/main/GUIDELINES.md, p_mask = (1 - eps) * t + eps.
-    # Rows are drawn by the bounded share as well, so the weight stays unbiased.
-    ratio = (1.0 - uniform(objective.seed, 3, epoch, index, span)).clamp(min=SMALLEST_RATIO)
-    masked = uniform(objective.seed, 4, epoch, index, place) < ratio
-    return torch.where(masked, mask_id, ids), masked / ratio
-
-
-def chunk_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
-    teacher: Tensor | None,
-    teacher_head: Tensor,
-    mask_id: int | None,
-    soft: float,
-) -> Tensor:
-    """Summed loss of some rows, float32: hidden `[R, D]`, labels and weights `[R]`.
-
-    teacher: hidden `[R, D]` of the causal rows whose distribution, by `teacher_head`, is the soft
-    label, or None.
-    """
-    logits = F.linear(hidden, head).float()
-    if mask_id is not None:
-        logits[:, mask_id] = -torch.inf
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    if teacher is not None:
-        target = F.linear(teacher, teacher_head).float()
-        log_probs = logits.log_softmax(dim=-1)
-        if mask_id is not None:
-            target[:, mask_id] = -torch.inf
-            log_probs = log_probs.index_fill(
-                1, torch.tensor([mask_id], device=logits.device), 0.0
-            )  # 0 * -inf is not a number
-        spread = -(target.softmax(dim=-1).detach() * log_probs).sum(dim=-1)
-        loss = (1.0 - soft) * loss + soft * torch.where(labels == IGNORE, 0.0, spread)
-    if weights is not None:
-        loss = loss * weights
-    return loss.sum()
-
-
-def even_chunk(rows: int, vocab_size: int) -> int:
-    """Rows of a chunk of at most about `CHUNK_ELEMENTS` logits, if possible a divisor of `rows`.
-
-    Equal chunks have one shape, so that the compiled loss has one graph.
-    """
-    fewest = -(-rows * vocab_size // CHUNK_ELEMENTS)
-    for chunks in range(fewest, 2 * fewest + 1):
-        if rows % chunks == 0:
-            return rows // chunks
-    return -(-rows // fewest)
-
-
-class TrainingModel(nn.Module):
+class TrainingModel(nn.Module, ABC):
     """The network together with its objective: one forward is one loss.
 
     attention: "dense" (SDPA, any device) or "flex" (FlexAttention, CUDA).
     fast: compile the layers, the loss and the mask; shapes must then stay fixed.
-
-    With the teacher "base", a frozen copy of `net` as given is kept. It is no part of the module: an
-    optimizer or a checkpoint never sees it.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
     main_input_name = "input_ids"
 
+    losses: ClassVar[tuple[str, ...]]
+    """Names of what is logged, such as `mask_loss`; nats per label."""
+    rows_per_token: ClassVar[int] = 1
+    """Rows of a pass for each clean token, for the count of operations."""
+
     def __init__(
-        self,
-        net: Transformer,
-        objective: Objective,
-        *,
-        attention: Literal["dense", "flex"] = "dense",
-        fast: bool = False,
+        self, net: Transformer, objective: Objective, attention: Attention, fast: bool
     ) -> None:
         super().__init__()
-        if objective.name == "tidar" and net.config.mask_token_id is None:
-            raise TidarError("the tidar objective needs a model with a mask token.")
-        self.net, self.objective, self.attention, self.fast = net, objective, attention, fast
+        if objective.needs_mask and net.config.mask_token_id is None:
+            raise TidarError("this objective needs a model with a mask token.")
+        self.net, self.attention, self.fast = net, attention, fast
+        self._head_chunk = objective.head_chunk
         self._chunk_loss: ChunkLoss = chunk_loss
-        self._base: tuple[Transformer, ...] = ()  # in a tuple, so that it is no submodule
-        self._soft = bool(objective.soft_labels)
-        if objective.name == "tidar" and objective.teacher == "base":
-            self._base = (copy.deepcopy(net).requires_grad_(False),)
         if fast:
             self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
-            for network in (net, *self._base):
-                self.compile_layers(network)
+            self.compile_layers(net)
+
+    def prepare(self, data: TokenData) -> None:
+        """Looks at the training data, before the first step; what comes of it must be a function of the data."""
+
+    @abstractmethod
+    def sums(self, batch: dict[str, Tensor]) -> Sums:
+        """One forward pass over a batch: `input_ids`, `document` `[B, L]`, `index`, `epoch` `[B]`."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document: Tensor,
+        index: Tensor,
+        epoch: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch, all inputs int64 `[B, L]` or (`index`, `epoch`) `[B]`.
+
+        Returns `loss` (a share of the mean over `num_items_in_batch`, with gradient) and `stats`,
+        float32: the sums that `losses` names, then the labels, then the visible keys of all rows.
+        `labels` only serves Trainer's counting; without a count this batch is the whole.
+        """
+        batch = {"input_ids": input_ids, "document": document, "index": index, "epoch": epoch}
+        sums = self.sums(batch)
+        items = sums.labels if num_items_in_batch is None else num_items_in_batch
+        stats = [*sums.losses, sums.labels, sums.visible]
+        return {
+            "loss": sums.total / items,
+            "stats": torch.stack([value.detach().float() for value in stats]),
+        }
+
+    def attend(self, rows: Rows) -> Attend:
+        """The attention of a forward pass over these rows."""
+        if self.attention == "flex":
+            return flex_training_attend(rows, fast=self.fast)
+        return dense_attend(dense(rows, rows))
+
+    def sum_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
+        soft: float = 0.0,
+    ) -> Tensor:
+        """Summed loss of `[B, L, D]` hidden states, a chunk of logits at a time; see `chunk_loss`.
+
+        teacher: hidden states like `hidden` and the head that reads them; `soft` is its share.
+        """
+        flat, goal = hidden.flatten(0, 1), labels.flatten()
+        weight = None if weights is None else weights.flatten()
+        guide = None if teacher is None else teacher[0].flatten(0, 1)
+        guide_head = self.net.head_weight if teacher is None else teacher[1]
+        config = self.net.config
+        size = self._head_chunk or even_chunk(len(goal), config.vocab_size)
+        total = flat.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(goal), size):
+            part = slice(start, start + size)
+            total = total + checkpoint(
+                self._chunk_loss,
+                flat[part],
+                self.net.head_weight,
+                goal[part],
+                None if weight is None else weight[part],
+                None if guide is None else guide[part],
+                guide_head,
+                config.mask_token_id,
+                soft,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return total
 
     def compile_layers(self, network: Transformer) -> None:
         """Compile each layer in place: names of parameters stay as they are.
@@ -242,104 +206,21 @@ class TrainingModel(nn.Module):
     @contextmanager
     def hard_labels(self) -> Iterator[None]:
         """Losses against the tokens alone, whatever the objective teaches: for held-out text."""
-        soft, self._soft = self._soft, False
-        try:
-            yield
-        finally:
-            self._soft = soft
+        yield
 
-    def attend(self, rows: Rows) -> Attend:
-        """The attention of a forward pass over these rows."""
-        if self.attention == "flex":
-            return flex_training_attend(rows, fast=self.fast)
-        return dense_attend(dense(rows, rows))
+    def flops(self, tokens: float, visible: float) -> float:
+        """Operations of a step over `tokens` clean tokens whose rows see `visible` keys in all; see `step_flops`."""
+        return step_flops(self.net.config, tokens, visible, self.rows_per_token)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        document: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch, all inputs int64 `[B, L]` or (`index`, `epoch`) `[B]`.
-
-        Returns `loss` (a share of the mean over `num_items_in_batch`, with gradient) and `stats`,
-        float32 `[4]`: sums of clean and of mask losses, labels of one half, visible keys of all
-        rows. `labels` only serves Trainer's counting; without a count this batch is the whole.
-        """
-        batch = {"index": index, "epoch": epoch}
-        length, objective = input_ids.shape[1], self.objective
-        rows = layout(objective, document, epoch, index)
-        clean_labels, mask_labels = training_labels(input_ids, document)
-        ids, weights = input_ids, None
-        if objective.name == "tidar":
-            assert self.net.config.mask_token_id is not None
-            mask_ids, weights = mask_half(
-                objective, input_ids, rows.span[:, length:], batch, self.net.config.mask_token_id
+    def save(self, folder: Path, start: Start) -> None:
+        """Writes what was trained to `folder`. Raises TidarError when that fails."""
+        with self.plain() as net:
+            save_checkpoint(
+                folder,
+                net,
+                meta=start.meta,
+                raw_config=start.raw_config,
+                tokenizer_source=start.tokenizer_folder,
+                generation_config=start.generation_config,
+                dtype=start.save_dtype,
             )
-            ids = torch.cat((input_ids, mask_ids), dim=1)
-        hidden = self.net(ids, rows.position, self.attend(rows))
-        clean_hidden = hidden[:, :length]
-        teacher = self._teacher(input_ids, rows, clean_hidden)
-        clean = self._sum_loss(clean_hidden, clean_labels, teacher=teacher if self._base else None)
-        total = clean
-        mask = torch.zeros_like(clean)
-        if objective.name == "tidar":
-            if teacher is not None:
-                # The clean row before a mask row's position predicts the same token.
-                teacher = F.pad(teacher[:, :-1], (0, 0, 1, 0))
-            mask = self._sum_loss(hidden[:, length:], mask_labels, weights, teacher)
-            total = (objective.alpha * clean + mask) / (1.0 + objective.alpha)
-        labelled = (mask_labels != IGNORE).sum()
-        items = labelled if num_items_in_batch is None else num_items_in_batch
-        span_len = sum(objective.draft_lens) / len(objective.draft_lens)
-        seen = rows.anchor.sum() + rows.is_mask.sum() * span_len
-        stats = torch.stack((clean.detach(), mask.detach(), labelled.float(), seen.float()))
-        return {"loss": total / items, "stats": stats}
-
-    def _teacher(self, ids: Tensor, rows: Rows, clean_hidden: Tensor) -> Tensor | None:
-        """Hidden states `[B, L, D]` of the clean rows whose distributions are the soft labels."""
-        if self.objective.name == "ar" or not self._soft:
-            return None
-        if not self._base:
-            return clean_hidden.detach()
-        clean = rows.apply(lambda attribute: attribute[:, : ids.shape[1]])
-        base = self._base[0].to(ids.device)
-        with torch.no_grad():
-            return base(ids, clean.position, self.attend(clean))
-
-    def _sum_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-        teacher: Tensor | None = None,
-    ) -> Tensor:
-        """Summed loss of `[B, L, D]` hidden states, a chunk of logits at a time.
-
-        Logits are recomputed in the backward pass, so at most one chunk of them exists.
-        """
-        flat, goal = hidden.flatten(0, 1), labels.flatten()
-        weight = None if weights is None else weights.flatten()
-        guide = None if teacher is None else teacher.flatten(0, 1)
-        config = self.net.config
-        size = self.objective.head_chunk or even_chunk(len(goal), config.vocab_size)
-        total = flat.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(goal), size):
-            part = slice(start, start + size)
-            arguments: tuple[Any, ...] = (
-                flat[part],
-                self.net.head_weight,
-                goal[part],
-                None if weight is None else weight[part],
-                None if guide is None else guide[part],
-                (self._base[0] if self._base else self.net).head_weight,
-                config.mask_token_id,
-                self.objective.soft_labels,
-            )
-            total = total + checkpoint(
-                self._chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        return total

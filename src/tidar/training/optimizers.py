@@ -52,7 +52,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
     ) -> None:
         trained = [(name, p) for name, p in named if p.requires_grad]
-        inner = [p for name, p in trained if "layers." in name and p.dim() == 2]
+        inner = [p for name, p in trained if ".layer" in name and p.dim() == 2]  # a head has one
         chosen = {id(p) for p in inner}
         # Not through Optimizer.__init__: this object holds no parameters or state of its own.
         self.muon = torch.optim.Muon(

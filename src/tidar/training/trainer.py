@@ -5,41 +5,34 @@ import importlib.util
 import json
 import math
 import os
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainingArguments
 
 from tidar.errors import TidarError
-from tidar.hf_config import Json, TidarMeta, config_from_hf, config_to_hf
-from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
-from tidar.tokens import Tokenizer
 from tidar.training.checkpoints import disk_errors, replace_text, start_point
 from tidar.training.config import TrainConfig, parse_argument
-from tidar.training.data import Batch, Encoding, RunData, TokenData, prepare
+from tidar.training.data import RunData, TokenData, prepare
+from tidar.training.held_out import OnInterval, evaluate
 from tidar.training.loop import (
     EvaluateFirst,
     Interrupts,
-    JointTrainer,
+    ObjectiveTrainer,
     ShowProgress,
     StopWhenAsked,
     close_group,
     use_one_gpu,
 )
-from tidar.training.objective import TrainingModel
+from tidar.training.objective import Attention, Objective, TrainingModel
 from tidar.training.sources import Source
-from tidar.weights import init_model, load_checkpoint, save_checkpoint
-
-OnInterval = Callable[[Transformer, int], Mapping[str, float]]
-"""`on_interval(net, step)`: measurements for the log, with the network in evaluation mode."""
+from tidar.training.start import Start, make_encoding, make_start
 
 WARM_UP_STEPS = 10
 """Steps left out of the reported throughput: compilation and first allocations."""
@@ -66,18 +59,6 @@ class TrainResult:
     mfu: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A model and what belongs to it, before training."""
-
-    net: Transformer
-    raw_config: Json
-    generation_config: Json | None
-    tokenizer_folder: Path
-    meta: TidarMeta | None
-    save_dtype: torch.dtype
-
-
 def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> TrainResult:
     """Run the training that `config` describes, from the start or from where it was stopped.
 
@@ -90,12 +71,14 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     arguments = make_arguments(config, out)
     checkpoint = start_point(out, resume=config.resume) if arguments.process_index == 0 else None
     checkpoint = _agreed(checkpoint, arguments)
-    start = _make_start(config, arguments.seed)
+    objective = config.objective_with(arguments.seed)
+    start = make_start(config, objective, arguments.seed)
     data, held_out = _make_data(config, start, arguments)
     run = _make_run(data, arguments)
-    model = _training_model(config, start.net, arguments)
+    model = _training_model(config, objective, start.net, arguments)
+    model.prepare(data)
     interrupts = Interrupts()
-    trainer = JointTrainer(model, arguments, run, config, None)
+    trainer = ObjectiveTrainer(model, arguments, run, config, None)
     if held_out or on_interval is not None:
         trainer.run_evaluation = lambda step: evaluate(trainer, held_out, on_interval, step)
     for unwanted in _printers():
@@ -177,86 +160,8 @@ def _agreed(checkpoint: Path | None, arguments: TrainingArguments) -> Path | Non
     return box[0]
 
 
-def _make_start(config: TrainConfig, seed: int) -> _Start:
-    """The model to train, with a mask token where the objective needs one, float32 on the CPU."""
-    if config.base is not None:
-        loaded = load_checkpoint(config.base, dtype=torch.float32)
-        net, raw, folder = loaded.model, loaded.raw_config, loaded.folder
-        generation, meta = loaded.generation_config, loaded.meta
-        named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        dtype = torch.bfloat16 if named.endswith("bfloat16") else torch.float32
-    else:
-        assert config.arch is not None
-        assert config.tokenizer is not None
-        net = init_model(config_from_hf(read_arch(config.arch)), seed)
-        folder, generation, meta = config.tokenizer.expanduser(), None, None
-        raw = config_to_hf(net.config)
-        raw["eos_token_id"] = end_of_text(Tokenizer.load(folder), config.end_token, folder)
-        dtype = torch.float32
-    if config.tokenizer is not None:
-        folder = config.tokenizer.expanduser()
-    if config.save_dtype != "auto":
-        dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
-    if config.objective == "tidar":
-        mask_id = prepare_mask_token(net, raw, Tokenizer.load(folder))
-        meta = TidarMeta(
-            draft_lens=config.draft_lens,
-            mask_token_id=mask_id,
-            alpha=config.alpha,
-            masking=config.masking,
-        )
-    return _Start(net, raw, generation, folder, meta, dtype)
-
-
-def read_arch(path: Path) -> Json:
-    """A config.json, or the same fields as YAML. Raises TidarError if it is neither."""
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            value = yaml.safe_load(text)
-        else:
-            value = json.loads(text)
-    except OSError as error:
-        raise TidarError(f"{path}: cannot be read ({error.strerror}).") from error
-    except Exception as error:  # YAML's and JSON's own errors
-        raise TidarError(f"{path}: not a readable architecture file ({error}).") from error
-    if not isinstance(value, dict):
-        raise TidarError(f"{path}: must hold an object with the fields of a config.json.")
-    return cast("Json", value)
-
-
-def end_of_text(tokenizer: Tokenizer, end_token: str | None, folder: Path) -> int:
-    """The token that ends a document: the one named, else the lowest of the tokenizer's own."""
-    if end_token is not None:
-        if end_token not in tokenizer.vocab:
-            raise TidarError(f"end_token {end_token!r} is not in the vocabulary of {folder}.")
-        return tokenizer.vocab[end_token]
-    if not tokenizer.eos_ids:
-        raise TidarError(
-            f"the tokenizer in {folder} has no end-of-text token; name one: end_token."
-        )
-    return min(tokenizer.eos_ids)
-
-
-def make_encoding(net: Transformer, folder: Path, end_token: str | None) -> Encoding:
-    """How text becomes tokens of this model. Raises TidarError without an end-of-text token."""
-    from tokenizers import Tokenizer as Backend
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise TidarError(f"{folder} has no tokenizer.json, which training needs for its speed.")
-    return Encoding(
-        tokenizer=Backend.from_file(str(file)),
-        end_id=end_of_text(Tokenizer.load(folder), end_token, folder),
-        vocab_size=net.config.vocab_size,
-        mask_id=net.config.mask_token_id,
-    )
-
-
 def _make_data(
-    config: TrainConfig, start: _Start, arguments: TrainingArguments
+    config: TrainConfig, start: Start, arguments: TrainingArguments
 ) -> tuple[TokenData, dict[str, TokenData]]:
     """Training data and held-out data; the first process prepares them while the others wait."""
     if config.seq_len > start.net.config.max_positions:
@@ -295,21 +200,17 @@ def _make_run(data: TokenData, arguments: TrainingArguments) -> RunData:
 
 
 def _training_model(
-    config: TrainConfig, net: Transformer, arguments: TrainingArguments
+    config: TrainConfig, objective: Objective, net: Transformer, arguments: TrainingArguments
 ) -> TrainingModel:
     cuda = arguments.device.type == "cuda"
-    attention: Literal["dense", "flex"] = "flex" if cuda else "dense"
+    attention: Attention = "flex" if cuda else "dense"
     if config.attention != "auto":
         attention = config.attention
     if attention == "flex" and not cuda:
         raise TidarError("attention 'flex' needs a CUDA device; use dense on a CPU.")
     net.gradient_checkpointing = config.gradient_checkpointing
-    return TrainingModel(
-        net,
-        config.objective_with(arguments.seed),
-        attention=attention,
-        fast=cuda if config.compile == "auto" else config.compile == "on",
-    )
+    fast = cuda if config.compile == "auto" else config.compile == "on"
+    return objective.model(net, attention=attention, fast=fast)
 
 
 def _printers() -> list[Any]:
@@ -319,7 +220,9 @@ def _printers() -> list[Any]:
     return [PrinterCallback, ProgressCallback]
 
 
-def _begin(out: Path, config: TrainConfig, trainer: JointTrainer, checkpoint: Path | None) -> None:
+def _begin(
+    out: Path, config: TrainConfig, trainer: ObjectiveTrainer, checkpoint: Path | None
+) -> None:
     """Record the configuration; on resuming, say what differs and cut the log back."""
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -354,20 +257,11 @@ def model_errors() -> Iterator[None]:
 
 
 def _finish(
-    out: Path, config: TrainConfig, trainer: JointTrainer, start: _Start, loss: float
+    out: Path, config: TrainConfig, trainer: ObjectiveTrainer, start: Start, loss: float
 ) -> TrainResult:
     """Write the model folder and sum the run up."""
     if trainer.is_world_process_zero():
-        with trainer.joint.plain() as net:
-            save_checkpoint(
-                out / "model",
-                net,
-                meta=start.meta,
-                raw_config=start.raw_config,
-                tokenizer_source=start.tokenizer_folder,
-                generation_config=start.generation_config,
-                dtype=start.save_dtype,
-            )
+        trainer.learner.save(out / "model", start)
     trainer.accelerator.wait_for_everyone()
     median = trainer.times.median(skip=WARM_UP_STEPS)
     speed = trainer.speed(median) if median else {}
@@ -380,68 +274,3 @@ def _finish(
         tokens_per_second=speed.get("tokens_per_second"),
         mfu=speed.get("mfu"),
     )
-
-
-def evaluate(
-    trainer: JointTrainer,
-    held_out: Mapping[str, TokenData],
-    on_interval: OnInterval | None,
-    step: int,
-) -> dict[str, float]:
-    """Held-out losses in nats per token, then the caller's measurements; randomness is put back."""
-    logs: dict[str, float] = {}
-    with _randomness_kept():
-        for name, data in held_out.items():
-            logs.update(_losses(trainer, name, data))
-        if on_interval is not None:
-            if trainer.is_world_process_zero():
-                with trainer.joint.plain() as net:
-                    was_training = net.training
-                    net.eval()
-                    try:
-                        logs.update({k: float(v) for k, v in on_interval(net, step).items()})
-                    finally:
-                        net.train(was_training)
-            trainer.accelerator.wait_for_everyone()
-    return logs
-
-
-def _losses(trainer: JointTrainer, name: str, data: TokenData) -> dict[str, float]:
-    """Mean clean and mask loss, against the tokens, of the first `eval_sequences` sequences.
-
-    Batches have the shape of training batches, and gradients stay on although none is taken, so
-    that the compiled graphs of training serve here too.
-    """
-    args = trainer.args
-    size = args.per_device_train_batch_size
-    count = min(len(data), trainer.config.eval_sequences)
-    total = torch.zeros(4, device=args.device)
-    for begin in range(args.process_index * size, count, args.world_size * size):
-        batch = _padded_batch(data, begin, min(begin + size, count), size)
-        inputs = {key: value.to(args.device) for key, value in batch.items()}
-        with trainer.joint.hard_labels():
-            total += trainer.joint(**inputs)["stats"]
-    clean, mask, items, _ = trainer.accelerator.reduce(total).tolist()
-    losses = {f"eval/{name}/clean_loss": clean / max(items, 1.0)}
-    if trainer.config.objective == "tidar":
-        losses[f"eval/{name}/mask_loss"] = mask / max(items, 1.0)
-    return losses
-
-
-def _padded_batch(data: TokenData, begin: int, end: int, size: int) -> Batch:
-    """Sequences `begin` to `end`, filled up to `size` with rows that carry no label."""
-    batch = data.batch([min(index, end - 1) for index in range(begin, begin + size)])
-    batch["document"][end - begin :] = torch.arange(data.meta.seq_len)
-    return batch
-
-
-@contextmanager
-def _randomness_kept() -> Iterator[None]:
-    """Put every generator back to where it was."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
