@@ -119,16 +119,18 @@ def calculations(texts: Texts, sizes: Sizes) -> tuple[list[Row], list[Row]]:
 
 
 def stories(texts: Texts, sizes: Sizes) -> tuple[list[Row], list[Row]]:
-    """Word problems: generated ones for training and prompts, the shared ones for both."""
+    """Word problems: the shared ones, and generated ones, which alone are prompts."""
     train, held_out = problems(("word",), sizes.stories, sizes)
     if texts.shared is None:
         return train, held_out
-    for name, rows in (("train", train), ("test", held_out)):
+    shared: dict[str, list[Row]] = {"train": [], "test": []}
+    for name, rows in shared.items():
         for row in read_rows(texts.shared / "gsm8k" / f"{name}.jsonl.gz"):
             worked, _, answer = row["answer"].partition("#### ")
             text = f"{worked.strip()}\nAnswer: {answer.strip()}\n"
             rows.append({"prompt": row["question"].strip() + "\n", "text": text})
-    return train, held_out
+    # First what people wrote: the first held-out documents are the ones that are scored.
+    return [*shared["train"], *train], [*shared["test"], *held_out]
 
 
 def prose(texts: Texts) -> tuple[list[Row], list[Row]]:
