@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
-CODE := $(wildcard src tests tools recipes benchmarks experiments)
+CODE := $(wildcard src tests tools recipes lab benchmarks experiments)
 UV := $(shell command -v uv 2>/dev/null)
 
 ifeq ($(UV),)
@@ -44,7 +44,7 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy $(wildcard src tools recipes)
+	$(BIN)/mypy $(wildcard src tools recipes lab)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/size.py
 

@@ -13,6 +13,7 @@ from tidar.errors import TidarError
 from tidar.layout import Rows, dense
 from tidar.model import Transformer
 from tidar.sampling import uniform
+from tidar.training.flex import flex_mask
 from tidar.training.noise import SMALLEST_SHARE, hide, linear_shares
 from tidar.training.objective import Objective, TrainingModel
 from tidar.training.objectives.block_diffusion import BlockDiffusionObjective, noised_rows
@@ -157,6 +158,23 @@ def test_full_and_causal_clean_rows() -> None:
     assert torch.equal(causal[:5, :5], full[:5, :5].tril())
     assert torch.equal(causal[5:], full[5:])
     assert not full[:5, 5:].any()
+
+
+def test_flex_masks_are_the_dense_ones() -> None:
+    """What a GPU trains with: tiles that are visible in part or in full, and the rule inside of them."""
+    document = torch.zeros(2, 256, dtype=torch.long)
+    document[0, 100:], document[1, 130:] = 1, 1
+    offset = torch.zeros(2).long()
+    for rows in (
+        noised_rows(document, torch.tensor([8, 16]), offset, "full"),
+        whole_rows(document)[0],
+        whole_rows(torch.zeros_like(document))[0],
+    ):
+        mask, seen = flex_mask(rows, fast=False), dense(rows, rows)
+        tiles = seen.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)
+        assert torch.equal(mask.to_dense()[:, 0].bool(), tiles)
+        b, q, k = torch.meshgrid(*(torch.arange(size) for size in seen.shape), indexing="ij")
+        assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, k), seen)
 
 
 def test_full_spans_lie_on_the_grid() -> None:

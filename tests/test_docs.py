@@ -15,7 +15,13 @@ from models import ROOT
 
 from tidar.training.config import TrainConfig
 
-PAGES = ("README.md", "recipes/bundled/README.md", "docs/how-it-works.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "recipes/bundled/README.md",
+    "docs/how-it-works.md",
+    "CONTRIBUTING.md",
+    "lab/README.md",
+)
 CARD = "src/tidar/bundled/README.md"
 
 CHEAP: dict[str, tuple[str, ...]] = {
@@ -43,6 +49,8 @@ ELSEWHERE = {
     "python recipes/bundled/tokenizer.py": ("tests/test_bundled_data.py", "test_vocabulary"),
     "python recipes/bundled/eval_prompts.py": ("tests/test_bundled_data.py", "test_prompt_files"),
     "recipes/bundled/train.sh": ("tests/test_docs.py", "test_training_recipes_are_understood"),
+    "python -m lab.run": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
+    "python -m lab.table": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
     "python benchmarks/plot_training.py": ("tests/test_docs.py", "test_training_curves_are_drawn"),
 }
 """Documented commands that are not run here: where something of the same path is, and a text in that file."""
@@ -179,7 +187,7 @@ def own_files() -> list[str]:
             names = sorted({name for name in done.stdout.split("\0") if name})
             return [name for name in names if (ROOT / name).is_file()]
     found = []
-    for top in ("src", "tests", "tools", "docs", "recipes", "benchmarks", ".ci"):
+    for top in ("src", "tests", "tools", "docs", "recipes", "lab", "benchmarks", ".ci"):
         paths = (path.relative_to(ROOT) for path in (ROOT / top).rglob("*") if path.is_file())
         for path in paths:
             if not any(part == "__pycache__" or part.endswith(".egg-info") for part in path.parts):
