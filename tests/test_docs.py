@@ -18,6 +18,10 @@ from tidar.training.config import TrainConfig
 PAGES = (
     "README.md",
     "recipes/bundled/README.md",
+    "docs/bundled.md",
+    "docs/methods.md",
+    "docs/evaluation.md",
+    "docs/gpu.md",
     "docs/how-it-works.md",
     "CONTRIBUTING.md",
     "lab/README.md",
