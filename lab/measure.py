@@ -13,7 +13,7 @@ from typing import Any, Final
 from lab.bits import bits_record
 from lab.contenders import CONTENDERS, is_there
 from lab.plan import Scale
-from lab.quality import decode_record, schedules_record
+from lab.quality import decode_record, is_python_so_far, schedules_record
 from lab.speeds import speed_record
 from tidar.bench.record import write_record
 
@@ -23,8 +23,10 @@ TEMPERATURES: Final = (0.0, 0.7, 1.0)
 TIMED: Final = (0.0, 1.0)
 """Of speeds."""
 
-__all__ = ["CONTENDERS", "TEMPERATURES", "TIMED", "bits_record", "decode_record", "jobs", "measure_all",
-           "schedules_record", "speed_record"]  # fmt: skip
+__all__ = [
+    "CONTENDERS", "TEMPERATURES", "TIMED", "bits_record", "decode_record", "is_python_so_far", "jobs", "measure_all",
+    "schedules_record", "speed_record",
+]  # fmt: skip
 
 Job = Callable[[], dict[str, Any]]
 

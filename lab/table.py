@@ -121,8 +121,8 @@ def likelihoods(shelf: Shelf) -> Section | None:
     samples = max(record["settings"]["samples"] for _, record in found)
     body = (
         f"Bits per byte of up to {first['settings']['held_out']} held-out documents a domain, less is better. ≤: a "
-        f"Monte Carlo upper bound of {samples} samples a document, ± its standard error; a bound is no likelihood, so it "
-        "may not be set against an exact value as if it were one.\n\n"
+        f"Monte Carlo upper bound of {samples} samples a document, ± its standard error; a bound is no likelihood, so "
+        "it may not be set against an exact value as if it were one.\n\n"
         + markdown_table(["checkpoint", *first["bits_per_byte"], "average"], rows)
     )
     return _section("likelihoods", "held-out text", body, [name for name, _ in found])

@@ -1,4 +1,8 @@
-"""The page of results is what its script makes of the records, and its commands are understood."""
+"""The page of results is what its script makes of the records, and its commands are understood.
+
+Commands of the README run (`test_docs.py`). Those here are the same with other values, most for a GPU: they
+are parsed.
+"""
 
 import itertools
 import json
