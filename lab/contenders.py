@@ -59,6 +59,9 @@ PAGED: Final[Mapping[str, Contender]] = {
 }
 """In the paged engine, timed only: the texts are the same but for rounding."""
 
+EVERYONE: Final[Mapping[str, Contender]] = {**CONTENDERS, **PAGED}
+"""All that are timed."""
+
 SCHEDULES: Final = (
     "tidar:4:dense", "tidar:8:dense", "tidar:16:dense", "tidar:8:1,2,4,8", "tidar:16:1,2,3,5,8,16",
     "tidar:32:1,2,4,8,16,32",

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lab import corpus
-from lab.contenders import (
-    CONTENDERS,
-    PAGED,
-    Contender,
-    draft_lens,
-    lab_record,
-    open_checkpoint,
-)
+from lab.contenders import EVERYONE, Contender, draft_lens, lab_record, open_checkpoint
 from lab.plan import Scale
 from lab.quality import short_name
 from tidar.bench.measure import (
@@ -58,9 +51,7 @@ class Entrant:
 
 def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
     """Speeds of all contenders whose checkpoints are there, by domain and name."""
-    present = {
-        name: each for name, each in {**CONTENDERS, **PAGED}.items() if not each.missing(out)
-    }
+    present = {name: each for name, each in EVERYONE.items() if not each.missing(out)}
     stages = dict.fromkeys(each.stage for each in present.values())
     opened = {stage: open_checkpoint(out, stage) for stage in stages}
     first = next(iter(opened.values()))
@@ -76,7 +67,7 @@ def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
         name: _enter(out, each, opened[each.stage], tokenizer, every, temperature, scale)
         for name, each in present.items()
     }
-    told = {domain: _figures(take_turns(entrants, some)) for domain, some in prompts.items()}
+    told = {domain: figures_of(take_turns(entrants, some)) for domain, some in prompts.items()}
     settings = {
         "temperature": temperature, "max_new_tokens": scale.new_tokens, "runs": RUNS, "batch": 1,
         "prompts": {domain: len(some) for domain, some in prompts.items()},
@@ -130,14 +121,13 @@ def take_turns(
     return passes
 
 
-def _figures(passes: Mapping[str, list[list[Pass]]]) -> dict[str, dict[str, Any]]:
+def figures_of(passes: Mapping[str, list[list[Pass]]]) -> dict[str, dict[str, Any]]:
     """For each contender its speeds over the runs, and over AR: of each prompt the median over the runs."""
     found = {}
-    contenders = {**CONTENDERS, **PAGED}
     for name, runs in passes.items():
         figures = speed_figures(runs)
         figures.pop("runs")
-        base = passes.get(contenders[name].baseline)
+        base = passes.get(EVERYONE[name].baseline)
         figures["over_ar"] = spread(speed_ups(runs, base, decode=False)) if base else None
         found[name] = figures
     return found

@@ -89,6 +89,7 @@ def quality(shelf: Shelf) -> Section | None:
         rows.append(
             [
                 f"`{name}`",
+                f"`{record['settings']['methods'][0]}`",
                 *(
                     f"{number(v, '.1%')} ({number(t)})"
                     for v, t in zip(values, forwards, strict=True)
@@ -101,7 +102,7 @@ def quality(shelf: Shelf) -> Section | None:
     body = (
         f"Score (T/NFE) at temperature 0, the first held-out prompts of each domain ({counts}), up to "
         f"{first['settings']['max_new_tokens']} tokens, side by side in the plain engine.\n\n"
-        + markdown_table(["contender", *heads, "average"], rows)
+        + markdown_table(["contender", "method", *heads, "average"], rows)
     )
     pictures = [_forward_picture(shelf), _speed_picture(shelf)]
     return _section(

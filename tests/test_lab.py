@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ROOT, plain_logits
+from models import ROOT, plain_logits, random_model
 
 sys.path.append(str(ROOT))  # `lab` is run from the root of the repository
 
-from lab import bits, contenders, corpus, measure, page, plan, quality, results, run, table
+from lab import bits, contenders, corpus, measure, page, plan, quality, results, run, speeds, table
 
+from tidar.bench.measure import AnyEngine, Pass, Settings, make_engine, make_request
+from tidar.bench.prompts import Prompt
 from tidar.bench.record import read_record
+from tidar.decode.request import Request
 from tidar.decode.spec import parse_method
 from tidar.errors import TidarError
 from tidar.hf_config import config_from_hf
@@ -113,10 +116,11 @@ def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
     assert list(found) == [f"`{name}`" for name in names]
     for name in names:
         told = record[f"{name}_t0"]["domains"]
-        assert found[f"`{name}`"][1] == (
+        assert found[f"`{name}`"][2] == (
             f"{told['python']['valid_python']:.1%} ({told['python']['tokens_per_forward']:.2f})"
         )
-        assert f"{told['words']['exact_match']:.1%}" in found[f"`{name}`"][3]
+        assert f"{told['words']['exact_match']:.1%}" in found[f"`{name}`"][4]
+    assert found["`speculative`"][1] == "`speculative:draft:4`"
     found = rows_of(text, "held-out text")
     for stage in ("ar", "tidar", "block-diffusion", "llada", "dream"):
         told = record[f"bits_{stage}"]["bits_per_byte"]["arithmetic"]
@@ -156,6 +160,39 @@ def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
     for name in record:
         assert shelf.path(name) is not None
         assert f"[{name}](" in text
+
+
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each prompt, in each run, with the same seed; speed over AR is over AR in the same engine."""
+    network = random_model("qwen3")
+    prompts = [Prompt(f"p{i}", (1 + i, 2, 3)) for i in range(2)]
+    entrants = {}
+    for name, method in (("ar", "ar"), ("tidar", "tidar:4:1"), ("ar-paged", "ar")):
+        engine, spec = contenders.EVERYONE[name].engine, parse_method(method)
+        asked = Settings(methods=(spec,), max_new_tokens=4, engine=engine)
+        requests = [make_request(prompt, 0, asked, frozenset()) for prompt in prompts]
+        made = make_engine(spec, network, requests, asked)
+        entrants[name] = speeds.Entrant(spec, asked, made, frozenset())
+    order, walls = [], {"ar": 2.0, "tidar": 0.5, "ar-paged": 0.1}
+    real = speeds.run_pass
+
+    def timed(engine: AnyEngine, requests: list[Request]) -> Pass:
+        name = next(name for name, each in entrants.items() if each.engine is engine)
+        order.append((name, requests[0].prompt, requests[0].params.seed))
+        taken = real(engine, requests)
+        taken.timing.wall = walls[name]
+        taken.timing.host = walls[name] - taken.timing.prefill - taken.timing.decode
+        return taken
+
+    monkeypatch.setattr(speeds, "run_pass", timed)
+    figures = speeds.figures_of(speeds.take_turns(entrants, prompts))
+    assert order == speeds.RUNS * [
+        (name, prompt.ids, index) for index, prompt in enumerate(prompts) for name in entrants
+    ]
+    over = {name: each["over_ar"]["median"] for name, each in figures.items()}
+    assert over == {"ar": 1.0, "tidar": 4.0, "ar-paged": 1.0}
+    rates = {name: each["tokens_per_second"]["median"] for name, each in figures.items()}
+    assert rates == pytest.approx({"ar": 2.0, "tidar": 8.0, "ar-paged": 40.0})
 
 
 def test_sections_without_records_are_not_written(smoke: Path, tmp_path: Path) -> None:

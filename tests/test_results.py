@@ -33,6 +33,15 @@ def test_page_is_what_the_records_say() -> None:
             assert (PAGE.parent / "images" / picture.name).is_file()
 
 
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    sections = results.sections(page.Shelf(*results.standard_folders()))
+    page.draw_all(sections, tmp_path)
+    names = {picture.name for section in sections for picture in section.pictures}
+    assert "bundled_speed.png" in names
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
 def test_figures_of_the_page_are_in_the_records() -> None:
     text = PAGE.read_text(encoding="utf-8")
     record = json.loads((ROOT / "benchmarks/records/gpu_arithmetic_t0.json").read_text())
