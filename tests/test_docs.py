@@ -18,7 +18,7 @@ from tidar.training.config import TrainConfig
 PAGES = (
     "README.md",
     "recipes/bundled/README.md",
-    "docs/bundled.md",
+    "docs/training.md",
     "docs/methods.md",
     "docs/evaluation.md",
     "docs/gpu.md",
@@ -55,6 +55,7 @@ ELSEWHERE = {
     "recipes/bundled/train.sh": ("tests/test_docs.py", "test_training_recipes_are_understood"),
     "python -m lab.run": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
     "python -m lab.table": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
+    "python -m lab.results": ("tests/test_lab.py", "test_page_tells_what_the_records_say"),
     "python benchmarks/plot_training.py": ("tests/test_docs.py", "test_training_curves_are_drawn"),
 }
 """Documented commands that are not run here: where something of the same path is, and a text in that file."""
