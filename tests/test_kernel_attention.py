@@ -284,11 +284,17 @@ def test_wrong_shapes_are_refused(kernel: ModuleType) -> None:
 
 
 def check_half(
-    kernel: ModuleType, case: Case, *, splits: int, config: LaunchConfig | None = None
+    kernel: ModuleType,
+    case: Case,
+    *,
+    splits: int,
+    config: LaunchConfig | None = None,
+    pdl: bool = False,
 ) -> None:
     """Half an epsilon off in the norm at most: weights and result are rounded once each."""
+    workspace = make_workspace(case, splits)
     out = kernel.paged_attention(
-        *case.arguments, splits=splits, workspace=make_workspace(case, splits), config=config
+        *case.arguments, splits=splits, workspace=workspace, config=config, pdl=pdl
     )
     error = (out.double().cpu() - case.expected).flatten(1).norm(dim=1)
     relative = error / case.expected.flatten(1).norm(dim=1)
@@ -319,15 +325,16 @@ WIDE = decode_rows(0, 16, (1, 2, 3, 5, 8, 16), 16)
         (clean_rows(300), (8, 2), 128, 2),
     ],
 )
+@pytest.mark.parametrize("pdl", [False, True], ids=["plain", "pdl"])
 @pytest.mark.parametrize("kernel", ["compiled"], indirect=True)
 def test_launch_defaults_on_cuda(
-    kernel: ModuleType, rows: Rows, heads: tuple[int, int], head_dim: int, splits: int
+    kernel: ModuleType, rows: Rows, heads: tuple[int, int], head_dim: int, splits: int, pdl: bool
 ) -> None:
     lengths = (0, 63, 64, 1027)
     case = make_case(
         rows, lengths, heads=heads, head_dim=head_dim, page_size=64, dtype=torch.bfloat16
     )
-    check_half(kernel, case, splits=splits)
+    check_half(kernel, case, splits=splits, pdl=pdl)
 
 
 @pytest.mark.gpu

@@ -247,7 +247,8 @@ def paged_attention(
         workspace: of `attention_workspace` for these sizes or larger; None where splits is 1.
         out: `[B, W, num_heads * head_dim]`, returned; made where it is None.
         config: instead of `launch_config`'s choice.
-        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only. page_table, prefix_lens and tail
+            are then read before the kernel before has ended; see `tidar.kernels.launch.early`.
     """
     batch, rows, num_heads, head_dim = q.shape
     group = num_heads // key_pages.shape[1]

@@ -232,7 +232,8 @@ def rotate_and_store(
         num_drafts: 0 to W.
         parts: float32 `[splits, *qkv.shape]`, contiguous: qkv, which is then only written, is their sum.
         bias: `[(num_heads + 2 * num_kv_heads) * head_dim]`, added to the parts; only with them.
-        pdl: programmatic dependent launch; CUDA on Hopper or later only.
+        pdl: programmatic dependent launch; CUDA on Hopper or later only. Positions are then read before
+            the kernel before has ended; see `tidar.kernels.launch.early`.
     """
     heads = num_heads + 2 * num_kv_heads
     head_dim, page_size = key_pages.shape[3], key_pages.shape[2]
