@@ -104,6 +104,8 @@ class Scale:
     prompts: of each domain, for speeds (one at a time) and for quality (side by side). new_tokens: of a
     text. held_out: documents of each domain that are scored; draws: of their noise, for bounds.
     kept_steps: of the stage tidar, after which its model is kept, to see what a conversion takes.
+
+    ablated_prompts: of each domain, in the ablations; answer_tokens: of a text there that ends in an answer.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -116,6 +118,8 @@ class Scale:
     held_out: int = 200
     draws: int = 16
     kept_steps: tuple[int, ...] = (125, 250, 500, 1000)
+    ablated_prompts: int = 32
+    answer_tokens: int = 700
 
 
 FULL: Final = Scale()
@@ -132,6 +136,7 @@ SMOKE: Final = Scale(
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     },
     timed_prompts=1, judged_prompts=2, new_tokens=16, held_out=4, draws=2, kept_steps=(1, 2),
+    ablated_prompts=2, answer_tokens=16,
 )  # fmt: skip
 
 
