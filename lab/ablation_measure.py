@@ -63,8 +63,6 @@ def ablation_record(name: str, ablation: Ablation, out: Path, scale: Scale) -> d
         settings={
             "temperature": 0.0,
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "held_out": scale.held_out,
-            "mask_loss_lens": list(MASK_LOSS_LENS),
             **results.pop("settings"),
         },
         results=results,
@@ -120,7 +118,8 @@ def measured(ablation: Ablation, out: Path, scale: Scale) -> dict[str, Any]:
         for model in models
     }
     settings = {"engine": "plain", "batch": scale.ablated_prompts, "max_new_tokens": scale.new_tokens,
-                "answer_tokens": scale.answer_tokens}  # fmt: skip
+                "answer_tokens": scale.answer_tokens, "held_out": scale.held_out,
+                "mask_loss_lens": list(MASK_LOSS_LENS)}  # fmt: skip
     return {"settings": settings, "cases": cases, "losses": losses}
 
 
@@ -250,12 +249,15 @@ def timed(ablation: Ablation, out: Path, scale: Scale) -> dict[str, Any]:
             )  # fmt: skip
             prompts = file.prompts[: max(batch, scale.timed_prompts)]
             passes = run_bench(network, prompts, asked, tokenizer.eos_ids)
-            found[domain][batch] = summarise(network, passes, prompts, asked, tokenizer)
+            told = summarise(network, passes, prompts, asked, tokenizer)
+            found[domain][batch] = {
+                name: {**_speeds(each), "prompts": len(prompts)} for name, each in told.items()
+            }
     cases = [
         {
             **_told(case),
             "domains": {
-                domain: {str(batch): _speeds(told[spec.name]) for batch, told in batches.items()}
+                domain: {str(batch): told[spec.name] for batch, told in batches.items()}
                 for domain, batches in found.items()
             },
         }

@@ -5,7 +5,7 @@ python -m lab.ablation_tables RECORDS OUT
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -72,7 +72,7 @@ def table(record: Figures) -> list[list[str]]:
 
 
 def text_columns(record: Figures) -> dict[str, list[str]]:
-    """Labels, T/NFE of real and own texts, rows of a step, quality; bits and mask loss of the weights."""
+    """Labels, T/NFE of real and own texts, rows of a step, quality; losses, where there are several models."""
     cases, losses = record["cases"], record["losses"]
     columns: dict[str, list[str]] = {
         name: [str(case["labels"][name]) for case in cases] for name in cases[0]["labels"]
@@ -85,12 +85,19 @@ def text_columns(record: Figures) -> dict[str, list[str]]:
     for domain in _domains(record):
         name = QUALITY[domain]
         columns[name] = [_cell(quality(case, domain), ".1%") for case in cases]
+    if len(losses) > 1:
+        columns |= _loss_columns(record)
+    return columns
+
+
+def _loss_columns(record: Figures) -> dict[str, list[str]]:
+    """What the weights of each case say of held-out text."""
+    columns = {}
     for domain in _domains(record):
-        of = [losses[case["model"]][domain] for case in cases]
+        of = [record["losses"][case["model"]][domain] for case in record["cases"]]
         columns[f"bits per byte: {domain}"] = [_cell(each["bits_per_byte"], ".3f") for each in of]
-        lens = " / ".join(of[0]["mask_loss"])
-        columns[f"mask loss, nats, K = {lens}: {domain}"] = [
-            " / ".join(_cell(value, ".2f") for value in each["mask_loss"].values()) for each in of
+        columns[f"mask loss, K = {_slashed(of[0]['mask_loss'])}: {domain}"] = [
+            _mask_loss(each) for each in of
         ]
     return columns
 
@@ -130,6 +137,14 @@ def _domains(record: Figures) -> list[str]:
     return list(record["cases"][0]["domains"])
 
 
+def _slashed(values: Iterable[str]) -> str:
+    return " / ".join(values)
+
+
+def _mask_loss(losses: Figures) -> str:
+    return _slashed(_cell(value, ".2f") for value in losses["mask_loss"].values())
+
+
 def _cell(value: float | str | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -143,9 +158,26 @@ def markdown(record: Figures) -> str:
     counts = ", ".join(f"{each['count']} of {name}" for name, each in record["prompts"].items())
     told = (
         f"Temperature 0, {settings['dtype']}, the {settings['engine']} engine; prompts: {counts}. "
-        f"{where['gpu'] or where['cpu']}, torch {where['packages']['torch']}."
+        f"{_notes(record)}{where['gpu'] or where['cpu']}, torch {where['packages']['torch']}."
     )
     return f"## {record['ablation']}\n\n{record['question']}\n\n{body}\n\n{told}\n"
+
+
+def _notes(record: Figures) -> str:
+    """What the columns do not say: units, and the losses of the one model there is."""
+    if "losses" not in record:
+        return f"Medians of {record['settings']['runs']} runs, end to end. "
+    losses = record["losses"]
+    notes = f"Bits per byte and mask loss (nats a token): {record['settings']['held_out']} held-out documents"
+    if len(losses) > 1:
+        return f"{notes} of each domain. "
+    (only,) = losses.values()
+    told = "; ".join(
+        f"{domain} {each['bits_per_byte']:.3f} bits, mask loss {_mask_loss(each)} "
+        f"at K = {_slashed(each['mask_loss'])}"
+        for domain, each in only.items()
+    )
+    return f"{notes}: {told}. "
 
 
 # --- figures ---
