@@ -14,6 +14,7 @@ DOMAINS: Final = ("python", "arithmetic")
 
 VARIANT: Final[Mapping[str, Any]] = {
     **CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random", "max_steps": 500,
+    "save_steps": 250,
 }  # fmt: skip
 """A conversion of `base`: 66 M clean tokens. Each variant changes some of these values."""
 

@@ -3,6 +3,7 @@
 python -m lab.ablation_tables RECORDS OUT
 """
 
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,10 +82,10 @@ def text_columns(record: Figures) -> dict[str, list[str]]:
         for domain in _domains(record):
             columns[f"{heading}: {domain}"] = [_cell(read(case, domain), ".2f") for case in cases]
     first = _domains(record)[0]
-    columns["rows a step"] = [_cell(ROWS(case, first), ".0f") for case in cases]
+    columns[f"rows a step: {first}"] = [_cell(ROWS(case, first), ".0f") for case in cases]
     for domain in _domains(record):
-        name = QUALITY[domain]
-        columns[name] = [_cell(quality(case, domain), ".1%") for case in cases]
+        count = record["prompts"][domain]["count"]
+        columns[QUALITY[domain]] = [_share(quality(case, domain), count) for case in cases]
     if len(losses) > 1:
         columns |= _loss_columns(record)
     return columns
@@ -135,6 +136,11 @@ def over_ar(record: Figures, case: Figures, domain: str, batch: int) -> float | 
 
 def _domains(record: Figures) -> list[str]:
     return list(record["cases"][0]["domains"])
+
+
+def _share(value: float | None, count: int) -> str:
+    """With the standard error that a share of `count` independent texts has."""
+    return "" if value is None else f"{value:.0%} ± {math.sqrt(value * (1 - value) / count):.0%}"
 
 
 def _slashed(values: Iterable[str]) -> str:
@@ -229,6 +235,7 @@ def draw(record: Figures, path: Path) -> None:
             axes.set_ylabel(QUALITY[domain] if y_label == "quality" else y_label, fontsize=8)
             axes.set_xlabel(curve.x_label if curve else "batch, sequences", fontsize=8)
             _scale_x(axes, curve.log if curve else 2, lines)
+            _scale_y(axes, y_label)
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.25)
     if name == "spans":
@@ -267,8 +274,19 @@ def _scale_x(axes: "Axes", base: int | None, lines: Lines) -> None:
     if base is not None:
         axes.set_xscale("log", base=base)
         ticks = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
+
+
+def _scale_y(axes: "Axes", y_label: str) -> None:
+    """Shares from 0 to 1; else up from AR, which has one token per forward, so that small differences look small."""
+    if y_label == "quality":
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        return
+    axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(min(lowest, 0.95), max(highest, 1.5))
 
 
 def _name_points(panels: "Sequence[Axes]", record: Figures, domains: Sequence[str]) -> None:
@@ -277,8 +295,9 @@ def _name_points(panels: "Sequence[Axes]", record: Figures, domains: Sequence[st
         for case in record["cases"]:
             at = (float(ROWS(case, domain) or 0), float(REAL(case, domain) or 0))
             axes.annotate(
-                case["labels"]["spans"], at, fontsize=6, xytext=(3, -7), textcoords="offset points"
-            )
+                case["labels"]["spans"], at, fontsize=6, xytext=(0, -4), textcoords="offset points",
+                rotation=-50, rotation_mode="anchor", va="top",
+            )  # fmt: skip
 
 
 # --- files ---

@@ -118,7 +118,7 @@ class Scale:
     held_out: int = 200
     draws: int = 16
     kept_steps: tuple[int, ...] = (125, 250, 500, 1000)
-    ablated_prompts: int = 32
+    ablated_prompts: int = 64
     answer_tokens: int = 700
 
 
