@@ -54,15 +54,21 @@ def run_part(name: str, out: Path, scale: Scale) -> None:
 
 
 def parts_of(names: Sequence[str], known: dict[str, Ablation]) -> dict[str, frozenset[str]]:
-    """What must be run for these ablations, each variant once, and what each part waits for; in a good order."""
+    """What must be run for these ablations, each variant once, and what each part waits for; in a good order.
+
+    What is timed waits for everything else, so that nothing else runs on the machine meanwhile.
+    """
     wanted = [name for name in known if name in names]
     variants = [v for v in VARIANTS if any(v in known[name].variants for name in wanted)]
     parts = {TRAIN + variant: frozenset[str]() for variant in variants}
-    return parts | {name: frozenset(TRAIN + v for v in known[name].variants) for name in wanted}
+    untimed = [name for name in wanted if not known[name].batches]
+    parts |= {name: frozenset(TRAIN + v for v in known[name].variants) for name in untimed}
+    others = frozenset(parts)
+    return parts | {name: others for name in wanted if name not in untimed}
 
 
 def part_jobs(parts: dict[str, frozenset[str]], out: Path, *, smoke: bool) -> list[Job]:
-    """Each part as a process of its own. What waits for nothing is measured last: others wait for the training."""
+    """Each part as a process of its own."""
     options = ("--part", f"--out={out}", *(["--smoke"] if smoke else []))
     return [
         Job(name, (sys.executable, "-m", "lab.ablations", *options, name), after)
