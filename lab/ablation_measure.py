@@ -17,8 +17,8 @@ import torch
 from records import read_rows
 
 from lab.ablation_plan import DOMAINS, MASK_LOSS_LENS, Ablation, Case
-from lab.measure import is_python_so_far
 from lab.plan import Scale
+from lab.quality import is_python_so_far
 from tidar.bench.measure import Settings, make_request, pick_engine, run_bench, run_pass
 from tidar.bench.prompts import Prompt, PromptFile, read_prompts
 from tidar.bench.record import make_record

@@ -15,8 +15,8 @@ import shutil
 import site
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +35,26 @@ from tidar.training.trainer import train
 ORDER: Final = ("corpus", "tokenizer", *STAGES, "measure", "table")
 
 
-def measurements() -> dict[str, frozenset[str]]:
-    """The parts of `measure` that need not wait for one another, and the stages that each needs."""
-    parts = {f"bits-{each.stage}": frozenset({each.stage}) for each in measure.CONTENDERS.values()}
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Records of `measure` that need nothing but some stages; whatever else runs does not change them."""
+
+    records: tuple[str, ...]
+    stages: frozenset[str]
+
+
+def measurements() -> dict[str, Part]:
+    """All records but the speeds, which are taken when nothing else runs: a part for each checkpoint and contender."""
+    parts = {
+        f"bits-{stage}": Part((f"bits_{stage}",), frozenset({stage}))
+        for stage in dict.fromkeys(each.stage for each in measure.CONTENDERS.values())
+    }
     for name, each in measure.CONTENDERS.items():
-        parts[f"measure-{name}"] = frozenset(s for s in (each.stage, each.helper) if s)
+        records = tuple(f"{name}_t{temperature:g}" for temperature in measure.TEMPERATURES)
+        needed = frozenset(stage for stage in (each.stage, each.helper) if stage)
+        parts[f"measure-{name}"] = Part(records, needed)
+    for kind in ("free", "forced"):
+        parts[f"schedules-{kind}"] = Part((f"schedules_{kind}",), frozenset({"tidar"}))
     return parts
 
 
@@ -49,7 +64,7 @@ def predecessors() -> dict[str, frozenset[str]]:
     before |= {
         name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
     }
-    parts = measurements()
+    parts = {name: part.stages for name, part in measurements().items()}
     return {
         **before, **parts,
         "measure": frozenset({*STAGES, *parts}), "table": frozenset({"measure"}),
@@ -133,21 +148,14 @@ def run_stage(name: str, out: Path, scale: Scale, texts: corpus.Texts) -> None:
 
 
 def measure_part(name: str, out: Path, scale: Scale) -> None:
-    """The records of one contender, or the bits of one checkpoint, that are not there; see `measurements`."""
-    missing = [s for s in measurements()[name] if not (out / s / "model" / "config.json").is_file()]
-    if missing:
-        print(f"{name}: no checkpoint of {', '.join(missing)}; left out")
-        return
-    kind, _, subject = name.partition("-")
-    temperatures = measure.TEMPERATURES if kind == "measure" else ()
-    wanted: dict[str, Callable[[], dict[str, Any]]] = {
-        f"{subject}_t{t:g}": partial(measure.decode_record, out, subject, t, scale)
-        for t in temperatures
-    } or {name.replace("-", "_", 1): partial(measure.bits_record, out, subject, scale)}
-    for record, taken in wanted.items():
+    """The records of a part that are not there yet. One without its checkpoints is named and left out."""
+    jobs = measure.jobs(out, scale)
+    for record in measurements()[name].records:
         path = out / "records" / f"{record}.json"
-        if not path.is_file():
-            write_record(path, taken())
+        if record not in jobs:
+            print(f"{record}: a checkpoint is missing; left out")
+        elif not path.is_file():
+            write_record(path, jobs[record]())
             print(f"wrote {path.name}", flush=True)
 
 

@@ -1,128 +1,326 @@
-"""The laboratory's table and figure, from records alone: nothing is run.
+"""The laboratory's tables and figures, from records alone: nothing is run.
 
 python -m lab.table RECORDS OUT
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from lab.measure import CONTENDERS, TEMPERATURES
-from tidar.bench.plot import new_figure, save_figure
-from tidar.bench.record import read_record
+from lab.contenders import CONTENDERS, SCHEDULES
+from lab.figures import Point, draw_trade_off
+from lab.measure import TEMPERATURES, TIMED
+from lab.page import (
+    Picture,
+    Section,
+    Shelf,
+    draw_all,
+    joined,
+    markdown_table,
+    number,
+    render,
+    speed_cell,
+)
 from tidar.errors import TidarError
 
-Records = dict[str, dict[str, Any]]
+COMMAND: Final = "python -m lab.run --out runs/lab --shared SOURCES"
+
+SCORES: Final = {"python": "valid_python", "arithmetic": "exact_match", "words": "exact_match"}
+"""The figure that says what a domain's texts are worth; prose has none."""
+
+SCORE_NAMES: Final = {"valid_python": "valid Python so far", "exact_match": "exact match"}
 
 
-def read_all(folder: Path) -> Records:
-    """The records of a folder by their names without suffix. Raises TidarError where there are none."""
-    found = {path.stem: read_record(path) for path in sorted(folder.glob("*.json"))}
+def sections(shelf: Shelf) -> list[Section]:
+    """Those whose records are there."""
+    made = [
+        quality(shelf), likelihoods(shelf), twin(shelf), *(speeds(shelf, each) for each in TIMED),
+        temperatures(shelf), schedules(shelf),
+    ]  # fmt: skip
+    return [each for each in made if each is not None]
+
+
+def _section(key: str, title: str, body: str, records: Sequence[str], *pictures: Picture) -> Section:  # fmt: skip
+    return Section(
+        key=key, title=f"The laboratory: {title}", body=body, records=records, commands=(COMMAND,),
+        pictures=pictures,
+    )  # fmt: skip
+
+
+def decoded(shelf: Shelf, temperature: float) -> dict[str, dict[str, Any]]:
+    """Quality records at a temperature, by contender."""
+    names = {f"{name}_t{temperature:g}": name for name in CONTENDERS}
+    return {names[key]: record for key, record in shelf.present(names)}
+
+
+def domains_of(record: dict[str, Any]) -> list[str]:
+    """The domains of a record, in the corpus's order."""
+    return list(record["domains"])
+
+
+def score(told: dict[str, Any], domain: str) -> float | None:
+    """What the texts of a domain are worth, 0 to 1; None where nothing tells."""
+    value = told.get(SCORES.get(domain, ""))
+    return None if value is None else float(value)
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+# --- quality ---
+
+
+def quality(shelf: Shelf) -> Section | None:
+    """As Table 2 of the paper: the score of each domain, T/NFE in brackets."""
+    found = decoded(shelf, 0.0)
     if not found:
-        raise TidarError(f"{folder} has no records: run the stage measure first.")
-    return found
-
-
-def speed(records: Records, name: str, temperature: float, domain: str) -> float | None:
-    """Tokens per second, prompts one at a time, end to end."""
-    record = records.get(f"{name}_t{temperature:g}")
-    if record is None:
         return None
-    told = record["domains"][domain]["speed"]["tokens_per_second"]
-    return None if told is None else float(told["median"])
-
-
-def over_ar(records: Records, name: str, temperature: float, domain: str) -> float | None:
-    """That speed over the AR twin's."""
-    mine, base = (speed(records, who, temperature, domain) for who in (name, "ar"))
-    return mine / base if mine and base else None
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _bits(records: Records, name: str, domain: str) -> str:
-    record = records.get(f"bits_{CONTENDERS[name].stage}")
-    if record is None:
-        return ""
-    told = record["bits_per_byte"][domain]
-    bound = record["settings"]["is_bound"]
-    return f"≤ {told['value']:.3f} ± {told['error']:.3f}" if bound else f"{told['value']:.3f}"
-
-
-def rows(records: Records, temperature: float, domain: str) -> list[list[str]]:
-    """A row a contender: name, bits per byte, quality, T/NFE, tokens per second, speed over AR."""
-    made = []
-    for name in CONTENDERS:
-        record = records.get(f"{name}_t{temperature:g}")
-        if record is None or domain not in record["domains"]:
-            continue
-        told = record["domains"][domain]
-        quality, timed = told["quality"], told["speed"]
-        made.append(
+    first = next(iter(found.values()))
+    scored = [domain for domain in domains_of(first) if domain in SCORES]
+    rows = []
+    for name, record in found.items():
+        told = record["domains"]
+        values = [score(told[domain], domain) for domain in scored]
+        forwards = [told[domain]["tokens_per_forward"] for domain in scored]
+        rows.append(
             [
                 f"`{name}`",
-                _bits(records, name, domain),
-                _cell(quality["exact_match"], ".0%"),
-                _cell(quality.get("valid_python"), ".0%"),
-                _cell(quality["distinct_4"], ".2f"),
-                _cell(timed["tokens_per_forward"], ".2f"),
-                _cell(speed(records, name, temperature, domain), ".0f"),
-                _cell(over_ar(records, name, temperature, domain), ".2f"),
+                f"`{record['settings']['methods'][0]}`",
+                *(
+                    f"{number(v, '.1%')} ({number(t)})"
+                    for v, t in zip(values, forwards, strict=True)
+                ),
+                f"{number(_average(values), '.1%')} ({number(_average(forwards))})",
             ]
         )
-    return made
+    heads = [f"{domain}: {SCORE_NAMES[SCORES[domain]]}" for domain in scored]
+    counts = ", ".join(f"{first['domains'][domain]['prompts']} {domain}" for domain in scored)
+    body = (
+        f"Score (T/NFE) at temperature 0, the first held-out prompts of each domain ({counts}), up to "
+        f"{first['settings']['max_new_tokens']} tokens, side by side in the plain engine.\n\n"
+        + markdown_table(["contender", "method", *heads, "average"], rows)
+    )
+    pictures = [_forward_picture(shelf), _speed_picture(shelf)]
+    return _section(
+        "quality", "quality and tokens per forward", body, [f"{name}_t0" for name in found],
+        *(each for each in pictures if each is not None),
+    )  # fmt: skip
 
 
-HEADINGS = ("contender", "bits per byte", "exact match", "valid Python", "distinct-4", "T/NFE",
-            "tokens/s", "over AR")  # fmt: skip
+def likelihoods(shelf: Shelf) -> Section | None:
+    """As Table 3 of the paper, in bits per byte: TiDAR by its causal rows, diffusion by Monte Carlo."""
+    stages = list(dict.fromkeys(each.stage for each in CONTENDERS.values()))
+    found = shelf.present(f"bits_{stage}" for stage in stages)
+    if not found:
+        return None
+    first = found[0][1]
+    rows = [[f"`{record['stage']}`", *_bits(record)] for _, record in found]
+    samples = max(record["settings"]["samples"] for _, record in found)
+    body = (
+        f"Bits per byte of up to {first['settings']['held_out']} held-out documents a domain, less is better. ≤: a "
+        f"Monte Carlo upper bound of {samples} samples a document, ± its standard error; a bound is no likelihood, so "
+        "it may not be set against an exact value as if it were one.\n\n"
+        + markdown_table(["checkpoint", *first["bits_per_byte"], "average"], rows)
+    )
+    return _section("likelihoods", "held-out text", body, [name for name, _ in found])
 
 
-def markdown(records: Records) -> str:
-    """A table for each domain and temperature."""
-    parts = []
-    for domain in _domains(records):
+def _bits(record: dict[str, Any]) -> list[str]:
+    """Of each domain, and their average."""
+    told = record["bits_per_byte"].values()
+    average = number(_average([each["value"] for each in told]), ".3f")
+    if record["settings"]["is_bound"]:
+        return [*(f"≤ {each['value']:.3f} ± {each['error']:.3f}" for each in told), f"≤ {average}"]
+    return [*(f"{each['value']:.3f}" for each in told), average]
+
+
+def twin(shelf: Shelf) -> Section | None:
+    """TiDAR's causal quality against the AR twin's: the same base, data, batches and number of clean tokens."""
+    names = ("bits_ar", "bits_tidar", "ar_t0", "tidar_t0")
+    found = dict(shelf.present(names))
+    if len(found) < len(names):
+        return None
+    rows = []
+    for domain, told in found["bits_ar"]["bits_per_byte"].items():
+        mine = found["bits_tidar"]["bits_per_byte"][domain]["value"]
+        rows.append(_beside(f"{domain}: bits per byte", told["value"], mine, ".3f"))
+    for domain, told in found["ar_t0"]["domains"].items():
+        base, value = score(told, domain), score(found["tidar_t0"]["domains"][domain], domain)
+        if base is not None and value is not None:
+            rows.append(
+                _beside(f"{domain}: {SCORE_NAMES[SCORES[domain]]}", base, value, ".1%")
+            )  # fmt: skip
+    head = ["measure", "AR twin", "TiDAR", "TiDAR against AR"]
+    body = (
+        "The causal reading of both, temperature 0. Bits per byte: less is better; scores: more is.\n\n"
+        + markdown_table(head, rows)
+    )
+    return _section("twin", "what the joint loss costs the causal model", body, names)
+
+
+def _beside(what: str, base: float, value: float, form: str) -> list[str]:
+    change = f"{value / base - 1:+.1%}" if base else "not defined" if value else "+0.0%"
+    return [what, format(base, form), format(value, form), change]
+
+
+# --- speed ---
+
+
+def speeds(shelf: Shelf, temperature: float) -> Section | None:
+    """Of every contender by domain, as figures and labels of Figure 4 of the paper."""
+    name = f"speed_t{temperature:g}"
+    record = shelf.get(name)
+    if record is None:
+        return None
+    domains = domains_of(record)
+    rows = []
+    for who, about in record["contenders"].items():
+        told = [record["domains"][domain][who] for domain in domains]
+        rows.append(
+            [f"`{who}`", about["engine"], *(speed_cell(each, each["over_ar"]) for each in told)]
+        )
+    asked = record["settings"]
+    counts = ", ".join(f"{count} {domain}" for domain, count in asked["prompts"].items())
+    body = (
+        "Over AR in the same engine (median prompt, least to most) · T/NFE · tokens/s (median of "
+        f"{asked['runs']} runs), one prompt at a time, end to end ({counts}), up to {asked['max_new_tokens']} tokens. "
+        f"Warm-up: {asked['warm_up']}. Order: {asked['order']}.\n\n"
+        + markdown_table(["contender", "engine", *domains], rows)
+    )
+    return _section(
+        f"speed-t{temperature:g}", f"speed at temperature {temperature:g}", body, [name]
+    )
+
+
+# --- acceptance ---
+
+
+def temperatures(shelf: Shelf) -> Section | None:
+    """T/NFE beside what the texts repeat, at every temperature."""
+    found = {each: decoded(shelf, each) for each in TEMPERATURES}
+    some = next((record for each in found.values() for record in each.values()), None)
+    if some is None:
+        return None
+    domains = domains_of(some)
+    real = [number(some["domains"][domain]["distinct_4_of_real_text"]) for domain in domains]
+    rows = [["real continuations", "", *(joined("", each) for each in real)]]
+    for name in CONTENDERS:
         for temperature in TEMPERATURES:
-            lines = [" | ".join(row) for row in rows(records, temperature, domain)]
-            head = [" | ".join(HEADINGS), " | ".join("---" for _ in HEADINGS)]
-            body = "\n".join(f"| {line} |" for line in [*head, *lines])
-            parts.append(f"## {domain}, temperature {temperature:g}\n\n{body}\n")
-    return "\n".join(parts)
+            if record := found[temperature].get(name):
+                told = record["domains"]
+                cells = [
+                    joined(number(told[d]["tokens_per_forward"]), number(told[d]["distinct_4"]))
+                    for d in domains
+                ]
+                rows.append([f"`{name}`", f"{temperature:g}", *cells])
+    body = (
+        "T/NFE · distinct-4 (distinct 4-grams of tokens over all of them: a text that loops has few, and is easy to "
+        "draft). All of the first prompts of each domain, none picked.\n\n"
+        + markdown_table(["contender", "temperature", *domains], rows)
+    )
+    names = [f"{name}_t{each:g}" for name in CONTENDERS for each in TEMPERATURES]
+    present = [name for name, _ in shelf.present(names)]
+    return _section("temperatures", "tokens per forward and repetition", body, present)
 
 
-def _domains(records: Records) -> list[str]:
-    return list(next(iter(r["domains"] for r in records.values() if "domains" in r), {}))
+def schedules(shelf: Shelf) -> Section | None:
+    """T/NFE of TiDAR by K and span set: free, and forced to write the real text."""
+    names = ("schedules_free", "schedules_forced")
+    found = dict(shelf.present(names))
+    if len(found) < len(names):
+        return None
+    free, forced = (found[name]["domains"] for name in names)
+    trained = found["schedules_free"]["models"]["tidar"]["trained_draft_lens"]
+    rows = []
+    for method in ("ar", *SCHEDULES):
+        cells = [
+            joined(
+                number(free[d]["methods"][method]["tokens_per_forward"]),
+                number(forced[d]["methods"][method]["tokens_per_forward"]),
+            )
+            for d in free
+        ]
+        largest = max(free[d]["methods"][method]["rows_per_step"] for d in free)
+        same = [free[d]["methods"][method]["same_as_ar"] for d in free]
+        differ = f"{sum(s['differ'] for s in same)} ({sum(s['excused'] for s in same)})"
+        star = "" if method == "ar" or int(method.split(":")[1]) in trained else "*"
+        rows.append([f"`{method}`{star}", f"{largest:.0f}", *cells, differ])
+    head = ["method", "rows a step", *free, "texts unlike AR's (near-ties)"]
+    count = sum(each["prompts"] for each in free.values())
+    body = (
+        "T/NFE at temperature 0: writing freely · teacher forced, on the real continuations. The text is AR's "
+        f"whatever the schedule; the last column counts those that are not, of {count}, and how many of them part at a "
+        "near-tie. "
+        f"*: trained with K = {', '.join(map(str, trained))}, so longer spans are longer than any in training.\n\n"
+        + markdown_table(head, rows)
+    )  # fmt: skip
+    return _section("schedules", "draft length and span set", body, names)
 
 
-def draw(records: Records, path: Path) -> None:
-    """Bits per byte against speed over AR at temperature 0: a panel for each domain; down and right is better."""
-    domains = _domains(records)
-    figure = new_figure(3.4 * len(domains), 3.2)
-    for axis, domain in zip(
-        figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True
-    ):
-        for name, contender in CONTENDERS.items():
-            x, bits = over_ar(records, name, 0.0, domain), records.get(f"bits_{contender.stage}")
-            if x is None or bits is None:
-                continue
-            y, bound = bits["bits_per_byte"][domain]["value"], bits["settings"]["is_bound"]
-            axis.plot([x], [y], "v" if bound else "o", label=name)
-            axis.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set_title(domain, fontsize=9)
-        axis.set_xlabel("tokens/s over AR", fontsize=8)
-        axis.set_ylabel("bits per byte (▼: upper bound)", fontsize=8)
-        axis.grid(alpha=0.25)
-    save_figure(figure, path)
+# --- figures ---
+
+
+def _points(
+    found: dict[str, dict[str, Any]], x_of: Callable[[str, str], float | None]
+) -> dict[str, list[Point]]:
+    """By domain with a score: a point for each contender that has both figures."""
+    panels: dict[str, list[Point]] = {}
+    for name, record in found.items():
+        for domain, told in record["domains"].items():
+            x, y = x_of(name, domain), score(told, domain)
+            if x is not None and y is not None:
+                panels.setdefault(domain, []).append(Point(name, x, y))
+    return panels
+
+
+def _picture(name: str, title: str, x_label: str, panels: dict[str, list[Point]]) -> Picture | None:
+    if not panels:
+        return None
+    labels = {domain: SCORE_NAMES[SCORES[domain]] for domain in panels}
+    alt = f"{title}: {x_label} against the score, a panel for each domain"
+    return Picture(name, alt, partial(draw_trade_off, panels, title, x_label, labels))
+
+
+def _forward_picture(shelf: Shelf) -> Picture | None:
+    found = decoded(shelf, 0.0)
+    panels = _points(
+        found, lambda name, domain: found[name]["domains"][domain]["tokens_per_forward"]
+    )
+    title = "Quality against tokens per forward, temperature 0"
+    return _picture("pareto_forward.png", title, "tokens per forward (T/NFE)", panels)
+
+
+def _speed_picture(shelf: Shelf) -> Picture | None:
+    timed = shelf.get("speed_t0")
+    if timed is None:
+        return None
+
+    def over_ar(name: str, domain: str) -> float | None:
+        told = timed["domains"][domain].get(name)
+        return told["over_ar"]["median"] if told and told["over_ar"] else None
+
+    panels = _points(decoded(shelf, 0.0), over_ar)
+    title = "Quality against speed, temperature 0, plain engine"
+    return _picture("pareto_speed.png", title, "tokens/s over AR", panels)
+
+
+# --- files ---
 
 
 def write(records: Path, out: Path) -> None:
-    """Write OUT/table.md and OUT/pareto.png. Raises TidarError without records or matplotlib."""
-    found = read_all(records)
-    (out / "table.md").write_text(markdown(found), encoding="utf-8")
-    draw(found, out / "pareto.png")
-    print(f"wrote {out / 'table.md'} and {out / 'pareto.png'}")
+    """Write OUT/table.md and its pictures. Raises TidarError without records or matplotlib."""
+    shelf = Shelf(records)
+    made = sections(shelf)
+    if not made:
+        raise TidarError(f"{records} has no records: run the stage measure first.")
+    page = out / "table.md"
+    page.write_text(render(made, shelf, page, out, None), encoding="utf-8")
+    draw_all(made, out)
+    print(f"wrote {page} and its pictures")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -232,6 +232,16 @@ def test_held_out_losses_are_what_the_model_says(out: Path) -> None:
     assert told["mask_loss"]["4"] != told["mask_loss"]["8"]
 
 
+def test_bits_are_those_of_the_laboratory(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One part of its measurements, taken alone, says the same of the same weights."""
+    assert run.main(["--smoke", "--out", str(out), "bits-tidar", "measure-ar"]) == 0
+    assert "ar_t0.7: a checkpoint is missing; left out" in capsys.readouterr().out
+    told = read_record(out / "records" / "bits_tidar.json")["bits_per_byte"]
+    for domain, losses in record(out, "tokens")["losses"][TIDAR].items():
+        assert losses["bits_per_byte"] == pytest.approx(told[domain]["value"], rel=1e-5)
+        assert losses["bytes"] == told[domain]["bytes"]
+
+
 @torch.no_grad()
 def _log_probs(net: Any, ids: list[int], layout: Any, places: range, tokens: list[int]) -> float:
     """Summed log probabilities of `tokens` at the rows `places`."""

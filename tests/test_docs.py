@@ -18,6 +18,10 @@ from tidar.training.config import TrainConfig
 PAGES = (
     "README.md",
     "recipes/bundled/README.md",
+    "docs/training.md",
+    "docs/methods.md",
+    "docs/evaluation.md",
+    "docs/gpu.md",
     "docs/how-it-works.md",
     "CONTRIBUTING.md",
     "lab/README.md",
@@ -56,6 +60,7 @@ ELSEWHERE = {
         "tests/test_ablations.py",
         "test_tables_and_figures_are_of_the_records_alone",
     ),
+    "python -m lab.results": ("tests/test_lab.py", "test_page_tells_what_the_records_say"),
     "python benchmarks/plot_training.py": ("tests/test_docs.py", "test_training_curves_are_drawn"),
 }
 """Documented commands that are not run here: where something of the same path is, and a text in that file."""

@@ -9,22 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ROOT, plain_logits
+from models import ROOT, plain_logits, random_model
 
 sys.path.append(str(ROOT))  # `lab` is run from the root of the repository
 
-from lab import corpus, measure, plan, run, table
+from lab import bits, contenders, corpus, measure, page, plan, quality, results, run, speeds, table
 
+from tidar.bench.measure import AnyEngine, Pass, Settings, make_engine, make_request
+from tidar.bench.prompts import Prompt
 from tidar.bench.record import read_record
+from tidar.decode.request import Request
+from tidar.decode.spec import parse_method
 from tidar.errors import TidarError
 from tidar.hf_config import config_from_hf
 from tidar.model import num_parameters
 from tidar.tokens import Tokenizer
 from tidar.training.config import TrainConfig
 from tidar.training.objectives import OBJECTIVES
-from tidar.training.objectives.ar import ArObjective
-from tidar.training.objectives.masked_diffusion import MaskedDiffusionObjective
-from tidar.weights import load_checkpoint
+from tidar.weights import Checkpoint, load_checkpoint
 
 STAGES = [name for name, stage in plan.STAGES.items() if stage.values["objective"] in OBJECTIVES]
 
@@ -41,43 +43,52 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_smoke_run_goes_from_text_to_table(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_smoke_run_goes_from_text_to_table(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = json.loads((smoke / "data" / "manifest.json").read_text())
     domains = corpus.domains(smoke / "data")
     assert set(domains) >= {"python", "arithmetic", "words"}
     for stage in STAGES:
         assert (smoke / stage / "model" / "config.json").is_file(), stage
-    contenders = [
-        name
-        for name, each in measure.CONTENDERS.items()
-        if each.stage in STAGES and (each.helper is None or each.helper in STAGES)
-    ]
-    assert len(contenders) >= 7
-    for name in contenders:
-        for temperature in (0, 1):
-            record = read_record(smoke / "records" / f"{name}_t{temperature}.json")
+    records = {path.stem: read_record(path) for path in (smoke / "records").glob("*.json")}
+    present = [name for name, each in contenders.CONTENDERS.items() if not each.missing(smoke)]
+    assert len(present) >= 7
+    for name in present:
+        for temperature in ("0", "0.7", "1"):
+            record = records[f"{name}_t{temperature}"]
             assert record["contender"] == name
             assert list(record["domains"]) == domains
             for domain, told in record["domains"].items():
-                assert told["speed"]["tokens_per_second"]["median"] > 0
-                assert told["quality"]["prompts"] == manifest[domain]["prompts"] > 0
-    for stage in {measure.CONTENDERS[name].stage for name in contenders}:
-        record = read_record(smoke / "records" / f"bits_{stage}.json")
+                assert told["tokens_per_forward"] > 0
+                assert told["prompts"] == manifest[domain]["prompts"] > 0
+                assert 0 < told["distinct_4_of_real_text"] <= 1
+            assert 0 <= record["domains"]["python"]["valid_python"] <= 1
+    for stage in {contenders.CONTENDERS[name].stage for name in present}:
+        record = records[f"bits_{stage}"]
         assert record["settings"]["is_bound"] == (stage not in ("ar", "tidar"))
         # Three steps from random weights: about the vocabulary's logarithm a token still.
-        assert all(2 < each["value"] < 9 for each in record["bits_per_byte"].values())
-    assert table.main([str(smoke / "records"), str(tmp_path)]) == 0
-    text = (tmp_path / "table.md").read_text()
+        for told in record["bits_per_byte"].values():
+            assert 2 < told["value"] < 9
+            assert (told["error"] > 0) == record["settings"]["is_bound"]
+    timed = [*present, *contenders.PAGED]
+    for temperature in ("0", "1"):
+        record = records[f"speed_t{temperature}"]
+        assert list(record["contenders"]) == timed
+        for told in record["domains"].values():
+            assert list(told) == timed
+            assert all(each["tokens_per_second"]["median"] > 0 for each in told.values())
+            assert told["ar"]["over_ar"]["median"] == told["ar-paged"]["over_ar"]["median"] == 1
+    assert len(records) == 3 * len(present) + 5 + 2 + 2
+    # On several GPUs they are taken in parts, all but the speeds.
+    parts = [record for part in run.measurements().values() for record in part.records]
+    assert sorted([*parts, "speed_t0", "speed_t1"]) == sorted(records)
+    assert str(smoke) not in "".join(json.dumps(each["settings"]) for each in records.values())
+    text = (smoke / "table.md").read_text()
+    assert table.main([str(smoke / "records"), str(smoke)]) == 0
     assert text == (smoke / "table.md").read_text()
-    for name in contenders:
-        assert text.count(f"| `{name}` |") == 2 * len(domains)
-    assert (tmp_path / "pareto.png").stat().st_size > 10_000
     # Given again it finds everything there, and neither trains nor measures.
     for module, names in (
         (run, ("train", "train_tokenizer")),
-        (measure, ("run_bench", "bits_per_byte")),
+        (measure, ("write_record",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, None)
@@ -85,12 +96,124 @@ def test_smoke_run_goes_from_text_to_table(
     assert run.main(["--smoke", "--out", str(smoke)]) == 0
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rows_of(text: str, title: str) -> dict[str, list[str]]:
+    """Rows of the table of a section by their first cell (the two first, where the second is no figure)."""
+    part = text.split(f"\n## The laboratory: {title}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [cells(line) for line in part.splitlines() if line.startswith("|")]
+    return {" ".join(row[: 1 + (lines[0][1] == "temperature")]): row for row in lines[2:]}
+
+
+def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
+    """Every contender has its rows, and the figures in them are the records'."""
+    folder, target = smoke / "records", tmp_path / "docs" / "results.md"
+    assert results.main([str(folder), "--page", str(target)]) == 0
+    text = target.read_text()
+    shelf = page.Shelf(folder)
+    record = {path.stem: read_record(path) for path in folder.glob("*.json")}
+    names = list(contenders.CONTENDERS)
+    found = rows_of(text, "quality and tokens per forward")
+    assert list(found) == [f"`{name}`" for name in names]
+    for name in names:
+        told = record[f"{name}_t0"]["domains"]
+        assert found[f"`{name}`"][2] == (
+            f"{told['python']['valid_python']:.1%} ({told['python']['tokens_per_forward']:.2f})"
+        )
+        assert f"{told['words']['exact_match']:.1%}" in found[f"`{name}`"][4]
+    assert found["`speculative`"][1] == "`speculative:draft:4`"
+    found = rows_of(text, "held-out text")
+    for stage in ("ar", "tidar", "block-diffusion", "llada", "dream"):
+        told = record[f"bits_{stage}"]["bits_per_byte"]["arithmetic"]
+        assert f"{told['value']:.3f}" in found[f"`{stage}`"][2]
+        assert found[f"`{stage}`"][2].startswith("≤") == (stage not in ("ar", "tidar"))
+    found = rows_of(text, "what the joint loss costs the causal model")
+    base, mine = (record[f"bits_{s}"]["bits_per_byte"]["words"]["value"] for s in ("ar", "tidar"))
+    row = found["words: bits per byte"]
+    assert row[1:] == [f"{base:.3f}", f"{mine:.3f}", f"{mine / base - 1:+.1%}"]
+    for temperature in ("0", "1"):
+        found = rows_of(text, f"speed at temperature {temperature}")
+        told = record[f"speed_t{temperature}"]
+        assert list(found) == [f"`{name}`" for name in (*names, *contenders.PAGED)]
+        for name, about in told["contenders"].items():
+            figures = told["domains"]["python"][name]
+            assert found[f"`{name}`"][1] == about["engine"]
+            assert found[f"`{name}`"][2].split(" ")[0] == f"{figures['over_ar']['median']:.2f}"
+            assert found[f"`{name}`"][2].endswith(f"{figures['tokens_per_second']['median']:,.0f}")
+    found = rows_of(text, "tokens per forward and repetition")
+    assert len(found) == 1 + 3 * len(names)
+    told = record["tidar_t0.7"]["domains"]["python"]
+    expected = f"{told['tokens_per_forward']:.2f} · {told['distinct_4']:.2f}"
+    assert found["`tidar` 0.7"][2] == expected
+    found = rows_of(text, "draft length and span set")
+    free, forced = (record[f"schedules_{k}"]["domains"]["python"]["methods"] for k in ("free", "forced"))  # fmt: skip
+    for name in contenders.SCHEDULES:
+        row = found[f"`{name}`" + ("*" if ":32:" in name else "")]
+        pair = (each[name]["tokens_per_forward"] for each in (free, forced))
+        assert row[2] == " · ".join(f"{value:.2f}" for value in pair)
+        assert row[-1].startswith(str(sum(
+            each["methods"][name]["same_as_ar"]["differ"]
+            for each in record["schedules_free"]["domains"].values()
+        )))  # fmt: skip
+    for picture in ("pareto_forward", "pareto_speed"):
+        assert f"(images/{picture}.png)" in text
+        assert (tmp_path / "docs" / "images" / f"{picture}.png").stat().st_size > 10_000
+    for name in record:
+        assert shelf.path(name) is not None
+        assert f"[{name}](" in text
+
+
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each prompt, in each run, with the same seed; speed over AR is over AR in the same engine."""
+    network = random_model("qwen3")
+    prompts = [Prompt(f"p{i}", (1 + i, 2, 3)) for i in range(2)]
+    entrants = {}
+    for name, method in (("ar", "ar"), ("tidar", "tidar:4:1"), ("ar-paged", "ar")):
+        engine, spec = contenders.EVERYONE[name].engine, parse_method(method)
+        asked = Settings(methods=(spec,), max_new_tokens=4, engine=engine)
+        requests = [make_request(prompt, 0, asked, frozenset()) for prompt in prompts]
+        made = make_engine(spec, network, requests, asked)
+        entrants[name] = speeds.Entrant(spec, asked, made, frozenset())
+    order, walls = [], {"ar": 2.0, "tidar": 0.5, "ar-paged": 0.1}
+    real = speeds.run_pass
+
+    def timed(engine: AnyEngine, requests: list[Request]) -> Pass:
+        name = next(name for name, each in entrants.items() if each.engine is engine)
+        order.append((name, requests[0].prompt, requests[0].params.seed))
+        taken = real(engine, requests)
+        taken.timing.wall = walls[name]
+        taken.timing.host = walls[name] - taken.timing.prefill - taken.timing.decode
+        return taken
+
+    monkeypatch.setattr(speeds, "run_pass", timed)
+    figures = speeds.figures_of(speeds.take_turns(entrants, prompts))
+    assert order == speeds.RUNS * [
+        (name, prompt.ids, index) for index, prompt in enumerate(prompts) for name in entrants
+    ]
+    over = {name: each["over_ar"]["median"] for name, each in figures.items()}
+    assert over == {"ar": 1.0, "tidar": 4.0, "ar-paged": 1.0}
+    rates = {name: each["tokens_per_second"]["median"] for name, each in figures.items()}
+    assert rates == pytest.approx({"ar": 2.0, "tidar": 8.0, "ar-paged": 40.0})
+
+
+def test_sections_without_records_are_not_written(smoke: Path, tmp_path: Path) -> None:
+    for name in ("speed_t1", "bits_ar", "bits_tidar"):
+        (tmp_path / f"{name}.json").write_bytes((smoke / "records" / f"{name}.json").read_bytes())
+    text = results.text_of([tmp_path], tmp_path / "results.md")
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## The laboratory: held-out text", "## The laboratory: speed at temperature 1"]  # fmt: skip
+    with pytest.raises(TidarError, match="no record that the page tells of"):
+        results.text_of([tmp_path / "images"], tmp_path / "results.md")
+
+
 def test_bits_per_byte_is_what_the_model_says(smoke: Path) -> None:
-    """The AR twin's, token by token with plain passes; a text of one token after the first, for the bound."""
+    """The AR twin's, token by token with plain passes; the bound of a model that says the same everywhere."""
     checkpoint = load_checkpoint(smoke / "ar" / "model")
     tokenizer = Tokenizer.load(checkpoint.folder)
     texts = ["def f(x):\n    return x\n", "12 + 5 = 17\n"]
-    told = measure.bits_per_byte(checkpoint, tokenizer, ArObjective(), texts, 1)
+    told = bits.bits_per_byte(checkpoint, tokenizer, parse_method("ar"), texts, 1)
     nats = size = 0.0
     for text in texts:
         ids = [*tokenizer.encode(text), min(tokenizer.eos_ids)]
@@ -99,19 +222,18 @@ def test_bits_per_byte_is_what_the_model_says(smoke: Path) -> None:
         size += len(tokenizer.decode(ids[1:]).encode())
     assert told["value"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
     assert told["bytes"] == size
-    # Without context, whatever is hidden, the bound is the value: a model that says the same everywhere.
     model = load_checkpoint(smoke / "llada" / "model").model
     with torch.no_grad():
         model.embed.weight.copy_(model.embed.weight[:1].expand_as(model.embed.weight))
-    level = measure.Checkpoint(
+    level = Checkpoint(
         model=model, config=model.config, meta=None, raw_config={}, generation_config={}, source="",
         folder=checkpoint.folder,
     )  # fmt: skip
-    bound = measure.bits_per_byte(level, tokenizer, MaskedDiffusionObjective(), texts, 400)
+    bound = bits.bits_per_byte(level, tokenizer, parse_method("masked-diffusion:32:16"), texts, 4)
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     exact = tokens * math.log2(model.config.vocab_size - 1) / size
-    assert bound["value"] == pytest.approx(exact, abs=4 * bound["error"])
-    assert bound["error"] < 0.1 * exact
+    assert bound["value"] == pytest.approx(exact, rel=1e-5)
+    assert bound["error"] < 1e-5
 
 
 def test_contenders_have_seen_equally_many_clean_tokens() -> None:
@@ -178,7 +300,7 @@ def test_passages_hold_all_of_a_book() -> None:
     ],
 )
 def test_python_so_far(text: str, valid: bool) -> None:
-    assert measure.is_python_so_far(text) == valid
+    assert quality.is_python_so_far(text) == valid
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

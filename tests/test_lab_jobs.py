@@ -115,6 +115,7 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert (stage.after or "tokenizer") in before[name]
     assert before["measure-speculative"] == {"ar", "draft"}
     assert before["bits-llada"] == {"llada"}
+    assert before["schedules-forced"] == {"tidar"}
     jobs = run.stage_jobs(["measure", "table"], ["--out=x"])
     assert [each.name for each in jobs][-2:] == ["measure", "table"]
     assert {each.name for each in jobs[:-2]} == set(run.measurements()) <= jobs[-2].after

@@ -13,7 +13,8 @@ from scripted import scripted, varied
 
 from tidar.decode.costs import StepCosts, measure_costs, step_rows
 from tidar.decode.engine import Engine, FixedPlan
-from tidar.decode.plan import Acceptance, MeasuredPlan
+from tidar.decode.experience import Acceptance, Rejoined
+from tidar.decode.plan import MeasuredPlan
 from tidar.decode.rates import Chain, candidate_schedules, learned_span_set, next_shift
 from tidar.decode.request import Request, StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
@@ -34,11 +35,16 @@ def fading(first: float, last: float, depth: int = 64) -> Floats:
     return np.concatenate([[1.0], np.linspace(first, last, depth)])
 
 
-def accept(rng: random.Random, survival: Floats, shift: int, drafted: int) -> int:
-    """How many of `drafted` tokens commit; the one at index i is that of span row shift + i."""
-    accepted = 1
-    while accepted < drafted and rng.random() < survival[shift + accepted]:
-        accepted += 1
+def accept(
+    rng: random.Random, survival: Floats, shift: int, drafted: int, rejoined: float = 1.0
+) -> int:
+    """How many of `drafted` tokens commit; the one at index i is that of span row shift + i.
+
+    rejoined: what the first one of a shifted draft passes by, over what its row says.
+    """
+    accepted, factor = 1, rejoined if shift else 1.0
+    while accepted < drafted and rng.random() < factor * survival[shift + accepted]:
+        accepted, factor = accepted + 1, 1.0
     return accepted
 
 
@@ -94,6 +100,33 @@ def test_rate_is_what_a_simulation_of_the_step_rule_gives(
         step = step.after(step)
     rate = Chain(schedule).rate(survival, costs)
     assert rate == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def simulate(
+    schedule: Schedule, survival: Floats, costs: StepCosts, rejoined: float, steps: int = 40_000
+) -> float:
+    """Tokens per second of steps that have the rows of a full draft, whatever it holds."""
+    rng, tokens, shift, drafted = random.Random(0), 0, 0, schedule.draft_len
+    for _ in range(steps):
+        accepted = accept(rng, survival, shift, drafted, rejoined)
+        tokens += accepted
+        shift, drafted = carry_on(schedule, drafted, accepted)
+    return tokens / (steps * costs.of(step_rows(schedule, schedule.draft_len)))
+
+
+@pytest.mark.parametrize("anchors", [(1,), (1, 2, 4, 8)])
+def test_rate_where_shifted_drafts_begin_badly(anchors: tuple[int, ...]) -> None:
+    costs, survival = StepCosts((1, 300), (0.010, 0.020), fixed_shape=True), fading(0.9, 0.7)
+    chain, seen = Chain(Schedule(8, anchors)), Rejoined(7)
+    for shift in range(1, 7):
+        for index in range(4000):
+            expected = survival[shift + 1]
+            seen.observe(shift, (index * 7919) % 4000 < 0.4 * expected * 4000, expected)
+    first = seen.first(survival[:8])
+    assert first[1:7] == pytest.approx(0.4 * survival[2:8], rel=0.25)  # it remembers 100 trials
+    rate = chain.rate(survival, costs, np.append(survival[1:2], 0.4 * survival[2:9]))
+    assert rate == pytest.approx(simulate(chain.schedule, survival, costs, 0.4), rel=0.02)
+    assert rate < 0.95 * chain.rate(survival, costs)
 
 
 def test_costs_between_and_beyond_the_points() -> None:
@@ -175,12 +208,12 @@ def test_acceptance_estimates_converge() -> None:
         shift, drafted = carry_on(schedule, drafted, accepted)
     tried = np.array(acceptance.tried[1:]) > 300
     assert tried.sum() > 5
-    for found in (acceptance.estimate(truth, 1.0), acceptance.smoothed(0.7, 2.0)):
+    for found in (acceptance.estimate(truth, 1.0), acceptance.smoothed()):
         assert np.abs(found - truth)[1:][tried].max() < 0.06
     # And what it is told last weighs most.
     for _ in range(3000):
         acceptance.observe(0, 2, 1)
-    assert acceptance.smoothed(0.7, 2.0)[1] < 0.1
+    assert acceptance.smoothed()[1] < 0.1
     acceptance.forget(2.0)
     assert max(acceptance.tried) <= 2.0 + 1e-9
 
@@ -203,8 +236,11 @@ def test_measured_costs_rise_with_the_rows() -> None:
 class Simulated:
     """A text without a model: drafts are accepted by chance, with a given probability by depth."""
 
-    def __init__(self, plan: MeasuredPlan, seed: int = 0, lag: int = 0) -> None:
+    def __init__(
+        self, plan: MeasuredPlan, seed: int = 0, lag: int = 0, rejoined: float = 1.0
+    ) -> None:
         self.plan, self.rng, self.lag = plan, random.Random(seed), lag
+        self.rejoined = rejoined
         self.late: list[StepEvent] = []
         schedule = plan.choose([0])
         plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 0.01, None))
@@ -217,7 +253,7 @@ class Simulated:
         for _ in range(steps):
             self.last = schedule = self.plan.choose([0]).after(self.last)
             drafted = min(self.length, schedule.draft_rows)
-            accepted = accept(self.rng, survival, self.shift, drafted)
+            accepted = accept(self.rng, survival, self.shift, drafted, self.rejoined)
             rows = step_rows(schedule, drafted)
             ids = tuple(range(accepted))
             self.late.append(
@@ -265,6 +301,20 @@ def test_one_slow_turn_does_not_make_drafting_look_free() -> None:
     for _ in range(100):
         plan.observe(StepEvent(0, (1, 2), False, 2, 2, 20, Schedule(8, (1,)), 0.02, None))
     assert plan.turn_seconds == pytest.approx(0.02, rel=0.05)
+
+
+def test_learns_that_shifted_drafts_begin_badly() -> None:
+    """One span looks nearly as good as several, until its drafts turn out to fail at their first token."""
+    costs, survival = StepCosts((1, 300), (0.010, 0.016), fixed_shape=True), fading(0.85, 0.85)
+    for rejoined in (1.0, 0.3):
+        plan = MeasuredPlan(costs, draft_lens=(8,))
+        schedules, _ = Simulated(plan, rejoined=rejoined).run(survival, 1500)
+        rates = {
+            s: simulate(s, survival, costs, rejoined, 4000) for s in plan.candidates if not s.half
+        }
+        used = [rates[schedule] for schedule in schedules[500:] if schedule in rates]
+        assert np.mean(used) > 0.93 * max(rates.values())
+    assert rates[Schedule(8, (1,))] < 0.8 * max(rates.values())
 
 
 def test_decisions_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

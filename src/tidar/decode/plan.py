@@ -12,12 +12,13 @@ The plan sees accept counts and never a token that is still to be verified, so s
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tidar.decode.costs import CostSource, Floats, StepCosts, measure_costs
+from tidar.decode.experience import TRY_STEPS, Acceptance, Experience
 from tidar.decode.rates import Chain, Family, families_of, learned_span_set, next_shift
 from tidar.decode.request import StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule
@@ -27,14 +28,8 @@ from tidar.model import Transformer
 MAX_DRAFT_LEN = 64
 """The longest K that is planned: a candidate's table grows with its cube."""
 
-TRY_STEPS = 2
-"""Steps of a try while AR is in use: one drafts, the next verifies."""
-
 TRY_PERIOD = 100
 """AR steps from one try to the next."""
-
-MAX_TRIES = 0.02
-"""Share of all steps that tries may take."""
 
 DECISION_SHARE = 0.03
 """Share of the time of AR steps that decisions may take, where the host must keep ahead of a device."""
@@ -44,59 +39,6 @@ STAKE = 4.0
 
 STAKE_PER_TOKEN = 0.02
 """... and as much again for each of its tokens. Estimates may err; this bounds what errors cost."""
-
-
-@dataclass(slots=True)
-class Acceptance:
-    """Mutable: how often draft tokens of each depth were accepted, recent steps weighing more.
-
-    accepted, tried: by depth. Lists, as every step of every text changes a few of their numbers.
-    """
-
-    depth: int
-    memory: float = 0.92
-    accepted: list[float] = field(init=False)
-    tried: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.accepted = [0.0] * (self.depth + 1)
-        self.tried = [0.0] * (self.depth + 1)
-
-    def observe(self, shift: int, drafted: int, accepted: int) -> None:
-        """Takes in one step: the tokens of rows shift + 1 .. shift + drafted - 1 were up for verification."""
-        for depth in range(shift + 1, min(shift + drafted, self.depth + 1)):
-            # Those that were not reached fade as well: what they once were like says less and less.
-            passed, reached = depth < shift + accepted, depth <= shift + accepted
-            self.accepted[depth] = self.memory * self.accepted[depth] + passed
-            self.tried[depth] = self.memory * self.tried[depth] + reached
-
-    def estimate(self, others: Floats, weight: float) -> Floats:
-        """Acceptance by depth of one request, given what all requests did (`others`).
-
-        A text is predictable or not at all depths alike, so depths that it has not tried are judged by
-        how its failures compare with the expected ones; `weight` is the trials that judgement counts as.
-        """
-        accepted, tried = np.array(self.accepted), np.array(self.tried)
-        expected = float(tried @ (1.0 - others))
-        failed = float((tried - accepted).sum())
-        prior = 1.0 - np.clip((failed + 1.0) / (expected + 1.0) * (1.0 - others), 0.002, 0.98)
-        return (accepted + weight * prior) / (tried + weight)
-
-    def smoothed(self, start: float, weight: float) -> Floats:
-        """Acceptance by depth where each depth takes the one before it as its prior."""
-        values = np.empty(self.depth + 1)
-        values[0] = start
-        for depth in range(1, self.depth + 1):
-            gained, tried = self.accepted[depth], self.tried[depth]
-            values[depth] = (gained + weight * values[depth - 1]) / (tried + weight)
-        return values
-
-    def forget(self, keep: float) -> None:
-        """Shrinks what is remembered to `keep` trials per depth at most."""
-        for depth, tried in enumerate(self.tried):
-            if tried > keep:
-                self.accepted[depth] *= keep / tried
-                self.tried[depth] = keep
 
 
 @dataclass(slots=True)
@@ -111,23 +53,6 @@ class _Track:
     shift: int = 0
     lost: float = 0.0
     tokens: int = 0
-
-
-@dataclass(slots=True)
-class Experience:
-    """Mutable: what all texts of a model have taught so far; plans of several engines may share it.
-
-    steps: decode steps planned. tries: those of them that drafted although AR looked best.
-    """
-
-    acceptance: Acceptance
-    steps: int = 0
-    tries: int = 0
-
-    @property
-    def may_try(self) -> bool:
-        """Whether a try, two steps, stays within 2% of all steps (the first four are free)."""
-        return self.tries + TRY_STEPS <= 4 + MAX_TRIES * self.steps
 
 
 class MeasuredPlan:
@@ -164,7 +89,7 @@ class MeasuredPlan:
         self.margin, self.replan = margin, replan
         self.families = families_of(self.draft_lens, bool(learn))
         self.depth = max(draft_lens) - 1
-        self.experience = experience or Experience(Acceptance(self.depth, memory=0.99))
+        self.experience = experience or Experience(self.depth)
         self.tracks: dict[int, _Track] = {}
         self.active: frozenset[int] = frozenset()
         self.schedule = AUTOREGRESSIVE
@@ -262,8 +187,8 @@ class MeasuredPlan:
                 track.lost += self.present.ratio(event.rows) - event.accepted
             if event.drafted > 1:
                 self.hopeful = event.accepted > 1
-                for acceptance in (track.acceptance, self.experience.acceptance):
-                    acceptance.observe(track.shift, event.drafted, event.accepted)
+                for memory in (track.acceptance, self.experience):
+                    memory.observe(track.shift, event.drafted, event.accepted)
             track.shift = next_shift(event.schedule, event.drafted, event.accepted)
         if event.finish is not None:
             del self.tracks[event.request_id]
@@ -278,7 +203,7 @@ class MeasuredPlan:
 
     def survival(self) -> Floats:
         """Acceptance by depth that decisions rest on: the running requests', given all requests'."""
-        others = self.experience.acceptance.smoothed(start=0.7, weight=2.0)
+        others = self.experience.acceptance.smoothed()
         tracks = [self.tracks[i].acceptance.estimate(others, weight=3.0) for i in self.active]
         return np.mean(tracks, axis=0) if tracks else others
 
@@ -293,13 +218,14 @@ class MeasuredPlan:
             return AUTOREGRESSIVE
         began = time.perf_counter()
         survival, costs = self.survival(), self._costs()
+        first = self.experience.rejoined.first(survival)
         self.present = costs
         families = (*self.families, self.learned) if self.learned else self.families
         rates = {
             chain.schedule: rate
             for family in families
             for chain, rate in zip(
-                family.chains, family.rates(survival, costs).tolist(), strict=True
+                family.chains, family.rates(survival, costs, first).tolist(), strict=True
             )
         }
         if self.lag:
@@ -319,9 +245,10 @@ class MeasuredPlan:
 
     def _learn(self) -> None:
         """Looks for the span set of the longest drafts that suits what all texts have shown."""
-        survival = self.experience.acceptance.smoothed(start=0.7, weight=2.0)
+        survival = self.experience.acceptance.smoothed()
+        first = self.experience.rejoined.first(survival)
         draft_len = max(self.draft_lens)
-        anchors = learned_span_set(survival, draft_len, self.costs.at(self.active))
+        anchors = learned_span_set(survival, draft_len, self.costs.at(self.active), first)
         self.learned = Family((Chain(Schedule(draft_len, anchors)),))
 
     def _take(self, schedule: Schedule) -> None:

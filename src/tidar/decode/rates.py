@@ -68,9 +68,9 @@ class Chain:
                 table[shift, accepted - 1, target] = 1.0
         return table
 
-    def rate(self, survival: Floats, costs: StepCosts) -> float:
+    def rate(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> float:
         """Tokens per second in the long run; see `Family.rates`."""
-        return float(Family((self,)).rates(survival, costs)[0])
+        return float(Family((self,)).rates(survival, costs, first)[0])
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ class Family:
     def full_rows(self) -> tuple[int, ...]:
         return tuple(chain.rows[0] for chain in self.chains for _ in chain.rows)
 
-    def rates(self, survival: Floats, costs: StepCosts) -> Floats:
+    def rates(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> Floats:
         """Tokens per second of each chain in the long run, `[len(chains)]`.
 
         survival: at index r, how likely the draft token of span row r is accepted when its turn comes;
-        length at least K, index 0 unused.
+        length at least K, index 0 unused. first: the same of the first token of a draft shifted by s, at
+        index s from 1 on; None: as its row says.
         """
         lengths = self.chains[0].lengths
         size = len(lengths)
@@ -103,7 +104,10 @@ class Family:
             (size, size)
         )  # counts[s, n - 1]: probability of n accepted tokens at shift s
         for shift, length in enumerate(lengths):
-            reached = np.concatenate([[1.0], np.cumprod(survival[shift + 1 : shift + length])])
+            passing = survival[shift + 1 : shift + length].copy()
+            if first is not None and shift and length > 1:
+                passing[0] = first[shift]
+            reached = np.concatenate([[1.0], np.cumprod(passing)])
             counts[shift, : length - 1] = reached[:-1] - reached[1:]
             counts[shift, length - 1] = reached[-1]
         moves = (counts[:, None, :] @ self.targets)[:, :, 0]
@@ -121,14 +125,19 @@ class Family:
 
 
 def learned_span_set(
-    survival: Floats, draft_len: int, costs: StepCosts, *, most: int = 6
+    survival: Floats,
+    draft_len: int,
+    costs: StepCosts,
+    first: Floats | None = None,
+    *,
+    most: int = 6,
 ) -> tuple[int, ...]:
     """The span set of at most `most` anchors with the most tokens per second, found greedily from {1}.
 
-    survival: acceptance by depth, as for `Family.rates`.
+    survival, first: acceptance, as for `Family.rates`.
     """
     kept: tuple[int, ...] = (1,)
-    best = Chain(Schedule(draft_len, (1,))).rate(survival, costs)
+    best = Chain(Schedule(draft_len, (1,))).rate(survival, costs, first)
     while len(kept) < min(most, draft_len):
         wider = [
             tuple(sorted((*kept, anchor)))
@@ -136,7 +145,7 @@ def learned_span_set(
             if anchor not in kept
         ]
         family = Family(tuple(Chain(Schedule(draft_len, anchors)) for anchors in wider))
-        rates = family.rates(survival, costs)
+        rates = family.rates(survival, costs, first)
         if rates.max() <= best:
             break
         kept, best = wider[int(rates.argmax())], float(rates.max())
