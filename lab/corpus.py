@@ -92,8 +92,9 @@ def python_rows(texts: Texts, sizes: Sizes) -> Iterator[Row]:
 
 
 def workers() -> int:
-    """Processes that share the work: as many as this one may use cores."""
-    return len(os.sched_getaffinity(0))
+    """Processes that share the work: as many as this one may use cores, where the system tells."""
+    tells = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if tells else os.cpu_count() or 1
 
 
 def package_row(source: bundled.Source) -> Row | None:

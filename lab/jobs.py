@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from lab import ROOT
 from tidar.errors import TidarError
 
@@ -39,16 +41,20 @@ class _Running:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """The first `count` GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """The first `count` GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Without any the numbers are names of places alone, for runs on the CPU. Raises TidarError where there are fewer: a
+    job without its GPU would take the CPU.
+    """
     if count < 1:
         raise TidarError(f"--gpus is {count}; it must be at least 1.")
+    here = torch.cuda.device_count()
+    if 0 < here < count:
+        raise TidarError(f"--gpus is {count}, and this process sees {here}.")
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
+    if not here or told is None:
         return [str(index) for index in range(count)]
-    names = [name.strip() for name in told.split(",") if name.strip()]
-    if len(names) < count:
-        raise TidarError(f"--gpus is {count}, and CUDA_VISIBLE_DEVICES names {len(names)}: {told}.")
-    return names[:count]
+    return [name.strip() for name in told.split(",")][:count]
 
 
 def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, str]:

@@ -123,11 +123,16 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TidarError, match="in a circle: a, b"):
         run_jobs([job("a", "", "b"), job("b", "", "a")], ["0"], tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert visible_gpus(2) == ["4", "6"]
-    for count, told in ((3, "names 2"), (0, "at least 1")):
+    for count, told in ((3, "this process sees 2"), (0, "at least 1")):
         with pytest.raises(TidarError, match=told):
             visible_gpus(count)
-    assert run.main(["--out", str(tmp_path), "--gpus", "3", "corpus"]) == 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(1) == ["0"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus(3) == ["0", "1", "2"]
+    assert run.main(["--out", str(tmp_path), "--gpus", "0", "corpus"]) == 2
 
 
 def test_two_at_a_time_give_what_one_after_the_other_gives(tmp_path: Path) -> None:
