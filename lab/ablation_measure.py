@@ -7,7 +7,6 @@ the paged one where there is a GPU.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from records import read_rows
 
 from lab.ablation_plan import DOMAINS, MASK_LOSS_LENS, Ablation, Case
-from lab.plan import Scale
+from lab.plan import SMOKE, Scale
 from lab.quality import is_python_so_far
 from tidar.bench.measure import Settings, make_request, pick_engine, run_bench, run_pass
 from tidar.bench.prompts import Prompt, PromptFile, read_prompts
@@ -50,9 +49,10 @@ def ablation_record(name: str, ablation: Ablation, out: Path, scale: Scale) -> d
     results = (timed if ablation.batches else measured)(ablation, out, scale)
     models = {case.model: _open(out, case.model) for case in ablation.cases}
     some = next(iter(models.values()))
+    scaled = ["--smoke"] if scale == SMOKE else []
     weight = some.model.embed.weight
     return make_record(
-        command=sys.argv,
+        command=["python", "-m", "lab.ablations", "--out", "OUT", *scaled, name],
         device=weight.device,
         subject={
             "ablation": name,
