@@ -7,6 +7,7 @@ recipe (`recipes/bundled/corpus.py`); generated problems are held out by their c
 
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -84,11 +85,24 @@ def python_rows(texts: Texts, sizes: Sizes) -> Iterator[Row]:
         yield from read_rows(texts.shared / "python_code" / "python_permissive.jsonl.xz")
     found = bundled.package_sources(texts.packages, frozenset(), tests=False)
     files = (source for source in found if isinstance(source, bundled.Source))
-    for source in itertools.islice(files, sizes.package_files):
-        text = Path(source.path).read_bytes().decode("utf-8", errors="replace")
-        if "\ufffd" not in text and bundled.compiles(text):
-            yield {"repo": source.origin, "license": source.license, "path": source.path,
-                   "text": text}  # fmt: skip
+    with multiprocessing.Pool(workers()) as processes:
+        chosen = itertools.islice(files, sizes.package_files)
+        rows = processes.imap(package_row, chosen, chunksize=16)
+        yield from (row for row in rows if row is not None)
+
+
+def workers() -> int:
+    """Processes that share the work: as many as this one may use cores, where the system tells."""
+    tells = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if tells else os.cpu_count() or 1
+
+
+def package_row(source: bundled.Source) -> Row | None:
+    """The row of a package's file; None for one that is no Python in UTF-8."""
+    text = Path(source.path).read_bytes().decode("utf-8", errors="replace")
+    if "\ufffd" in text or not bundled.compiles(text):
+        return None
+    return {"repo": source.origin, "license": source.license, "path": source.path, "text": text}
 
 
 def python(out: Path, texts: Texts, sizes: Sizes) -> tuple[list[Row], list[Row]]:
@@ -96,7 +110,7 @@ def python(out: Path, texts: Texts, sizes: Sizes) -> tuple[list[Row], list[Row]]
     candidates = out / ".python_candidates.jsonl"
     write_rows(candidates, python_rows(texts, sizes))
     benchmark = texts.shared and texts.shared / "human_eval" / "HumanEval.jsonl.gz"
-    built = bundled.build(candidates, human_eval=benchmark, workers=os.cpu_count() or 1)
+    built = bundled.build(candidates, human_eval=benchmark, workers=workers())
     candidates.unlink()
     return built.shared, built.held_out
 

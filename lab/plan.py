@@ -2,7 +2,7 @@
 
 Every contender has seen the same number of clean tokens in the end: those of `base`, then those of
 its own stage; what starts from random weights gets both at once. Data, their order, batch and
-optimizer are the same for all.
+optimizer are the same for all. Only the EAGLE head learns on top of that, for a twin that is done.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,11 @@ from typing import Any, Final
 from lab import ROOT
 from lab.corpus import Sizes
 
-BASE_STEPS, OWN_STEPS = 1500, 1000
-"""Of 131,072 clean tokens: 197 M for the base, 131 M more for each contender."""
+BASE_STEPS, OWN_STEPS = 1500, 2000
+"""Of 131,072 clean tokens: 197 M for the base, 262 M more for each contender."""
+
+EAGLE_STEPS = 1000
+"""Of the EAGLE head, beside those that the twin has seen: its weights are no part of the twin's."""
 
 COMMON: Final[Mapping[str, Any]] = {
     "seq_len": 1024,
@@ -42,12 +45,17 @@ WEIGHTS: Final[Mapping[str, float]] = {"python": 1, "arithmetic": 0.5, "words": 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One training run. after: the stage whose checkpoint it starts from; None is random weights."""
+    """One training run.
+
+    after: the stage whose checkpoint it starts from; None is random weights. keeps: models on the way are
+    kept (`Scale.kept_steps`).
+    """
 
     what: str
     values: Mapping[str, Any]
     after: str | None = None
     arch: str = "backbone"
+    keeps: bool = False
 
 
 STAGES: Final[Mapping[str, Stage]] = {
@@ -63,6 +71,7 @@ STAGES: Final[Mapping[str, Stage]] = {
     "tidar": Stage(
         what="TiDAR, by continual pretraining (arXiv 2511.08923)", after="base",
         values={**CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random"},
+        keeps=True,
     ),
     "block-diffusion": Stage(
         what="block diffusion (BD3-LM, SDAR): K = 16, clean rows see their span", after="base",
@@ -83,7 +92,7 @@ STAGES: Final[Mapping[str, Stage]] = {
     ),
     "eagle": Stage(
         what="an EAGLE-3 head for the twin", after="ar",
-        values={**CONTINUED, "objective": "eagle"},
+        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS},
     ),
 }  # fmt: skip
 
@@ -94,6 +103,9 @@ class Scale:
 
     prompts: of each domain, for speeds (one at a time) and for quality (side by side). new_tokens: of a
     text. held_out: documents of each domain that are scored; draws: of their noise, for bounds.
+    kept_steps: of the stage tidar, after which its model is kept, to see what a conversion takes.
+
+    ablated_prompts: of each domain, in the ablations; answer_tokens: of a text there that ends in an answer.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -105,6 +117,9 @@ class Scale:
     new_tokens: int = 256
     held_out: int = 200
     draws: int = 16
+    kept_steps: tuple[int, ...] = (125, 250, 500, 1000)
+    ablated_prompts: int = 64
+    answer_tokens: int = 700
 
 
 FULL: Final = Scale()
@@ -120,7 +135,8 @@ SMOKE: Final = Scale(
         "vocab_size": 448, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     },
-    timed_prompts=1, judged_prompts=2, new_tokens=16, held_out=4, draws=2,
+    timed_prompts=1, judged_prompts=2, new_tokens=16, held_out=4, draws=2, kept_steps=(1, 2),
+    ablated_prompts=2, answer_tokens=16,
 )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The laboratory's driver: corpus, tokenizer, training stages, measurements, table; each can be resumed.
 
-    python -m lab.run --out OUT [--shared DIR] [--prose PATH ...] [STAGE ...]
+    python -m lab.run --out OUT [--shared DIR] [--prose PATH ...] [--gpus N] [STAGE ...]
     python -m lab.run --out OUT --smoke
 
 Run from the root of the repository. A stage whose result is there is left alone; one that was cut
-short goes on from its last checkpoint.
+short goes on from its last checkpoint. One GPU: all stages in this process, one after the other, up to the
+first that fails. Several: each stage is a process of its own, as soon as those before it are done.
 """
 
 import argparse
@@ -14,40 +15,85 @@ import shutil
 import site
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from lab import ROOT, corpus, measure, table
+from lab.jobs import Job, run_jobs, visible_gpus
 from lab.plan import COMMON, FULL, SMOKE, STAGES, WEIGHTS, Scale, arch_file
+from tidar.bench.record import write_record
 from tidar.errors import TidarError
 from tidar.training.config import TrainConfig
-from tidar.training.objectives import OBJECTIVES
 from tidar.training.sources import Source
 from tidar.training.tokenizer import train_tokenizer
 from tidar.training.trainer import train
 
-ORDER = ("corpus", "tokenizer", *STAGES, "measure", "table")
+ORDER: Final = ("corpus", "tokenizer", *STAGES, "measure", "table")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Records of `measure` that need nothing but some stages; whatever else runs does not change them."""
+
+    records: tuple[str, ...]
+    stages: frozenset[str]
+
+
+def measurements() -> dict[str, Part]:
+    """All records but the speeds, which are taken when nothing else runs: a part for each checkpoint and contender."""
+    parts = {
+        f"bits-{stage}": Part((f"bits_{stage}",), frozenset({stage}))
+        for stage in dict.fromkeys(each.stage for each in measure.CONTENDERS.values())
+    }
+    for name, each in measure.CONTENDERS.items():
+        records = tuple(f"{name}_t{temperature:g}" for temperature in measure.TEMPERATURES)
+        needed = frozenset(stage for stage in (each.stage, each.helper) if stage)
+        parts[f"measure-{name}"] = Part(records, needed)
+    for kind in ("free", "forced"):
+        parts[f"schedules-{kind}"] = Part((f"schedules_{kind}",), frozenset({"tidar"}))
+    return parts
+
+
+def predecessors() -> dict[str, frozenset[str]]:
+    """Every stage and part of one by name, and what must be done before it."""
+    before = {"corpus": frozenset[str](), "tokenizer": frozenset({"corpus"})}
+    before |= {
+        name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
+    }
+    parts = {name: part.stages for name, part in measurements().items()}
+    return {
+        **before, **parts,
+        "measure": frozenset({*STAGES, *parts}), "table": frozenset({"measure"}),
+    }  # fmt: skip
 
 
 def stage_config(name: str, out: Path, scale: Scale) -> TrainConfig:
     """The run of a stage: OUT/NAME, from OUT/data and the stage before it. Raises TidarError for impossible values."""
-    stage, data = STAGES[name], out / "data"
-    values: dict[str, Any] = {**COMMON, **stage.values, **scale.changes}
-    values["data"] = [
-        f"{data / domain}.jsonl={WEIGHTS[domain]:g}" for domain in corpus.domains(data)
-    ]
-    values["out"], values["cache_dir"] = str(out / name), str(out / "tokens")
+    stage = STAGES[name]
+    values = {**run_values(out, scale), **stage.values, **scale.changes, "out": str(out / name)}
+    if stage.keeps:
+        values["keep_models"] = scale.kept_steps
     if stage.after is None:
-        values["arch"], values["tokenizer"] = (
-            str(scaled_arch(stage.arch, out, scale)),
-            str(out / "tokenizer"),
-        )
+        values["arch"] = str(scaled_arch(stage.arch, out, scale))
+        values["tokenizer"] = str(out / "tokenizer")
     else:
         values["base"] = str(out / stage.after / "model")
-    return TrainConfig.from_mapping({**values, "resume": True})
+    return TrainConfig.from_mapping(values)
+
+
+def run_values(out: Path, scale: Scale) -> dict[str, Any]:
+    """What all training runs over OUT/data have in common; a cut one is resumed."""
+    data = [
+        f"{out / 'data' / domain}.jsonl={WEIGHTS[domain]:g}"
+        for domain in corpus.domains(out / "data")
+    ]
+    return {
+        **COMMON, "data": data, "cache_dir": str(out / "tokens"), "resume": True,
+    }  # fmt: skip
 
 
 def scaled_arch(name: str, out: Path, scale: Scale) -> Path:
@@ -58,17 +104,11 @@ def scaled_arch(name: str, out: Path, scale: Scale) -> Path:
     return path
 
 
-def run_training(name: str, out: Path, scale: Scale) -> None:
-    """Trains a stage unless its checkpoint is there."""
-    if (out / name / "model" / "config.json").is_file():
+def run_training(name: str, config: TrainConfig) -> None:
+    """Trains unless the checkpoint is there."""
+    if (config.out / "model" / "config.json").is_file():
         print(f"{name}: is there")
         return
-    if str(STAGES[name].values["objective"]) not in OBJECTIVES:
-        print(
-            f"{name}: this version has no objective {STAGES[name].values['objective']!r}; left out"
-        )
-        return
-    config = stage_config(name, out, scale)
     result = train(config)
     speed = f", {result.tokens_per_second:,.0f} clean tokens/s" if result.tokens_per_second else ""
     print(f"{name}: {result.steps} steps, {result.clean_tokens:,} clean tokens{speed}")
@@ -79,56 +119,122 @@ def run_training(name: str, out: Path, scale: Scale) -> None:
         torch.cuda.empty_cache()
 
 
+def make_tokenizer(out: Path, scale: Scale) -> None:
+    """Trains OUT/tokenizer on OUT/data unless it is there."""
+    if (out / "tokenizer" / "tokenizer_config.json").is_file():
+        return
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    sources = [Source(f"{out / 'data' / d}.jsonl") for d in corpus.domains(out / "data")]
+    train_tokenizer(
+        sources, out / "tokenizer", vocab_size=scale.tokenizer_size, max_characters=40_000_000
+    )
+
+
 def run_stage(name: str, out: Path, scale: Scale, texts: corpus.Texts) -> None:
-    """One stage by its name."""
-    data = out / "data"
+    """One stage, or a part of one, by its name."""
     if name == "corpus":
-        if not (data / "manifest.json").is_file():
-            corpus.build(data, texts, scale.sizes)
+        if not (out / "data" / "manifest.json").is_file():
+            corpus.build(out / "data", texts, scale.sizes)
     elif name == "tokenizer":
-        if not (out / "tokenizer" / "tokenizer_config.json").is_file():
-            shutil.rmtree(out / "tokenizer", ignore_errors=True)
-            sources = [Source(f"{data / domain}.jsonl") for domain in corpus.domains(data)]
-            train_tokenizer(
-                sources,
-                out / "tokenizer",
-                vocab_size=scale.tokenizer_size,
-                max_characters=40_000_000,
-            )
+        make_tokenizer(out, scale)
     elif name == "measure":
         measure.measure_all(out, scale)
     elif name == "table":
         table.write(out / "records", out)
+    elif name in STAGES:
+        run_training(name, stage_config(name, out, scale))
     else:
-        run_training(name, out, scale)
+        measure_part(name, out, scale)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages that were named, or all in their order; 2 for what the user can mend."""
+def measure_part(name: str, out: Path, scale: Scale) -> None:
+    """The records of a part that are not there yet. One without its checkpoints is named and left out."""
+    jobs = measure.jobs(out, scale)
+    for record in measurements()[name].records:
+        path = out / "records" / f"{record}.json"
+        if record not in jobs:
+            print(f"{record}: a checkpoint is missing; left out")
+        elif not path.is_file():
+            write_record(path, jobs[record]())
+            print(f"wrote {path.name}", flush=True)
+
+
+def run_in_turn(names: Sequence[str], out: Path, scale: Scale, texts: corpus.Texts) -> None:
+    """The stages in this process, in the order given."""
+    for name in names:
+        began = time.perf_counter()
+        run_stage(name, out, scale, texts)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def stage_jobs(names: Sequence[str], options: Sequence[str]) -> list[Job]:
+    """The stages as processes of their own, given the options of this one; of `measure` its parts as well."""
+    before = predecessors()
+    parts = tuple(measurements()) if "measure" in names else ()
+    return [
+        Job(name, (sys.executable, "-m", "lab.run", *options, name), before[name])
+        for name in sorted({*names, *parts}, key=list(before).index)
+    ]
+
+
+def report_failures(failed: Mapping[str, str]) -> int:
+    """Names what failed on stderr; the exit code."""
+    for name, why in failed.items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(ORDER)}")
     parser.add_argument("--out", type=Path, required=True, help="folder of all results")
     parser.add_argument("--shared", type=Path, help="folder of shared data, see lab/README.md")
     parser.add_argument("--prose", type=Path, nargs="*", default=[], help="text files or folders")
     parser.add_argument("--packages", type=Path, nargs="*", help="folders of installed packages")
+    parser.add_argument("--gpus", type=int, default=1, help="stages at a time, a GPU for each")
     parser.add_argument("--smoke", action="store_true", help="all of it, tiny, on the CPU")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def child_options(options: argparse.Namespace, out: Path) -> list[str]:
+    """The options again, for a stage in a process of its own in the root of the repository."""
+    told = [f"--out={out}", *(["--smoke"] if options.smoke else [])]
+    if options.shared is not None:
+        told.append(f"--shared={options.shared.resolve()}")
+    for name in ("prose", "packages"):
+        if paths := getattr(options, name):
+            told += [f"--{name}", *(str(path.resolve()) for path in paths)]
+    return [*told, "--gpus=1"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that were named, or all of them.
+
+    Returns 1 where a stage of several GPUs failed, 2 for what the user can mend, 130 after Ctrl-C.
+    """
+    options = make_parser().parse_args(arguments)
     out: Path = options.out.expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
     prose = tuple(options.prose) or (tuple(ROOT.glob("*.md")) if options.smoke else ())
     packages = options.packages or [Path(folder) for folder in site.getsitepackages()]
     texts = corpus.Texts(shared=options.shared, packages=tuple(packages), prose=prose)
+    names = options.stages or ORDER
     try:
-        for name in options.stages or ORDER:
-            if name not in ORDER:
+        for name in names:
+            if name not in predecessors():
                 raise TidarError(f"stage {name!r} is not known; allowed: {', '.join(ORDER)}")
-            began = time.perf_counter()
-            run_stage(name, out, SMOKE if options.smoke else FULL, texts)
-            print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        if options.gpus == 1:
+            run_in_turn(names, out, SMOKE if options.smoke else FULL, texts)
+            return 0
+        jobs = stage_jobs(names, child_options(options, out))
+        return report_failures(run_jobs(jobs, visible_gpus(options.gpus), out))
     except TidarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

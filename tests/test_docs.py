@@ -55,6 +55,11 @@ ELSEWHERE = {
     "recipes/bundled/train.sh": ("tests/test_docs.py", "test_training_recipes_are_understood"),
     "python -m lab.run": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
     "python -m lab.table": ("tests/test_lab.py", "test_smoke_run_goes_from_text_to_table"),
+    "python -m lab.ablations": ("tests/test_ablations.py", "test_records_hold_every_case"),
+    "python -m lab.ablation_tables": (
+        "tests/test_ablations.py",
+        "test_tables_and_figures_are_of_the_records_alone",
+    ),
     "python -m lab.results": ("tests/test_lab.py", "test_page_tells_what_the_records_say"),
     "python benchmarks/plot_training.py": ("tests/test_docs.py", "test_training_curves_are_drawn"),
 }

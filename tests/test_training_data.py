@@ -11,6 +11,7 @@ import torch
 from training_runs import make_home
 
 from tidar.errors import TidarError
+from tidar.training import data
 from tidar.training.data import Encoding, TokenData, prepare
 from tidar.training.sources import Source, documents
 
@@ -188,3 +189,29 @@ def test_full_disk_while_tokenising_leaves_nothing(
     with pytest.raises(TidarError, match="no space left"):
         prepared(encoding, tmp_path / "cache", Source(str(home / "data.jsonl")))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_two_runs_may_prepare_one_text_at_a_time(
+    encoding: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes first while this one writes: both have the same tokens, and nothing is left over."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "alpha beta"}) + "\n")
+    write, first = data._write, []
+
+    def slow(*arguments: Any) -> None:
+        write(*arguments)
+        if not first:
+            first.append(None)
+            monkeypatch.setattr(data.os, "getpid", lambda: 1)
+            first[0] = prepared(encoding, tmp_path / "cache", Source(str(path))).folder
+
+    monkeypatch.setattr(data, "_write", slow)
+    found = prepared(encoding, tmp_path / "cache", Source(str(path)))
+    assert found.folder == first[0]
+    assert all_documents(found) == [(*encoding.tokenizer.encode("alpha beta").ids, 0)]
+    assert list((tmp_path / "cache").iterdir()) == [found.folder]
+    # A folder in the way that holds no tokens is told of.
+    (found.folder / "meta.json").unlink()
+    with pytest.raises(TidarError, match="cannot be written"):
+        prepared(encoding, tmp_path / "cache", Source(str(path)))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from command import ARCH
-from training_runs import assert_same, log, make_home, run, settings
+from safetensors.torch import load_file
+from training_runs import assert_same, log, make_home, run, settings, weights
 
 from tidar.errors import TidarError
 from tidar.hf_config import config_from_hf
@@ -17,7 +18,7 @@ from tidar.training import trainer
 from tidar.training.config import TrainConfig
 from tidar.training.sources import Source
 from tidar.training.start import make_start
-from tidar.weights import init_model
+from tidar.weights import init_model, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,33 @@ def test_interval_decoding_measures_each_draft_length(
     assert [(r.params.temperature, r.params.seed) for r in requests] == [
         (temperature, seed) for temperature in (0, 0, 1, 1) for seed in range(3)
     ]
+
+
+def test_models_are_kept_on_the_way(home: Path, tmp_path: Path) -> None:
+    """Weights alone, those of the step; keeping them changes nothing, and a resumed run keeps them too."""
+    out = tmp_path / "kept"
+    run(home, out, keep_models="3,5,8", save_total_limit=9)
+    run(home, tmp_path / "plain")
+    assert_same(out, tmp_path / "plain")
+    saved = load_file(out / "checkpoint-3" / "model.safetensors")
+    for name, tensor in load_checkpoint(out / "model-3").model.named_parameters():
+        assert torch.equal(tensor, saved[f"net.{name}"]), name
+    assert not (out / "model-3" / "optimizer.pt").exists()
+    last = load_file(out / "model-8" / "model.safetensors")
+    assert all(torch.equal(last[name], tensor) for name, tensor in weights(out).items())
+    config = json.loads((out / "model-5" / "config.json").read_text())
+    assert config["tidar"]["draft_lens"] == [2, 4]
+    before = load_file(out / "model-5" / "model.safetensors")
+    for name in ("model-5", "model-8", "model", "checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(out / name)
+    run(home, out, keep_models=[5, 8], resume=True, save_dtype="bfloat16")
+    after = load_file(out / "model-5" / "model.safetensors")
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(after[name], tensor.bfloat16())
+    for wrong in ("0,4", "often"):
+        with pytest.raises(TidarError, match="keep_models"):
+            TrainConfig.from_mapping(settings(home, out, keep_models=wrong))
 
 
 def test_data_seed_zero_is_a_seed(home: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tidar.decode.request import Request
 from tidar.decode.spec import parse_method, parse_methods
 from tidar.errors import TidarError
 from tidar.layout import Schedule
-from tidar.methods.block_diffusion import BlockDiffusion, who_sees
+from tidar.methods.block_diffusion import BlockDiffusion, Quota, QuotaOrder, who_sees
 from tidar.methods.denoise import noise_of_pass, propose
 from tidar.methods.masked_diffusion import (
     ORDERS,
@@ -319,6 +319,35 @@ def test_what_a_span_costs() -> None:
     assert [(step.accepted, len(step.ids)) for step in told.steps] == [(4, 4)] * 3
 
 
+@pytest.mark.parametrize("order", ["best", "left"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_quota_settles_so_many_a_pass(count: int, order: QuotaOrder) -> None:
+    """The most confident ones or the leftmost, as one pass over everything for each step says."""
+    prompt, size = random_prompt(MODEL, 5, 3), 5
+    quota = Quota(count, order)
+    request = Request(prompt=prompt, max_new_tokens=2 * size)
+    method = BlockDiffusion(MASK, 0.0, quota=quota)
+    (told,) = decode(Engine(MODEL, method, FixedPlan(Schedule(size, (1,))), max_batch=1), [request])
+    passes = [min(count, size - done) for done in range(0, size, count)]
+    assert [step.accepted for step in told.steps] == 2 * passes
+    x = [*prompt, *[MASK] * size]
+    place = torch.arange(len(x))
+    in_span = place >= len(prompt)
+    visible = (place.unsqueeze(1) >= place) | (in_span.unsqueeze(1) & in_span)
+    for number in range(len(passes)):
+        logits = logits_of(x, visible)
+        still = [p for p in range(len(x)) if x[p] == MASK]
+        chosen = {p: drawn(logits[p], p, number, request.params) for p in still}
+        if order == "best":
+            still.sort(key=lambda p: -float(logits[p].softmax(dim=-1)[chosen[p]]))
+        for p in still[:count]:
+            x[p] = chosen[p]
+    assert told.ids[:size] == x[len(prompt) :]
+    if count == 1:
+        confident = text_of(BlockDiffusion(MASK, 1.0), size, request)
+        assert (told.ids == confident) == (order == "best")
+
+
 def test_with_a_checkpoint_that_was_trained_to_draft() -> None:
     """What a threshold is for: a trained model settles several rows a pass, fewer the higher it is."""
     checkpoint("bundled")
@@ -350,6 +379,9 @@ def test_by_name() -> None:
     assert full.engine(MODEL).method == BlockDiffusion(MASK, 0.5, "full")
     assert llada_way.engine(MODEL).method == MaskedDiffusion(MASK, 16)
     assert dream_way.engine(MODEL).method == MaskedDiffusion(MASK, 64, "entropy", True)
+    quota = parse_method("block-diffusion:8:left02:causal")
+    assert quota.name == "block-diffusion:8:left2:causal"
+    assert quota.engine(MODEL).method == BlockDiffusion(MASK, 1.0, "causal", Quota(2, "left"))
     assert shifted.name == "masked-diffusion:8:8:shift"
     assert (first.schedule, dream_way.schedule) == (Schedule(16, (1,)), Schedule(256, (1,)))
     assert not parse_method("block-diffusion:1:0.9").is_ar
@@ -363,6 +395,7 @@ def test_by_name() -> None:
 @pytest.mark.parametrize(
     "text",
     ["block-diffusion", "block-diffusion:8", "block-diffusion:8:2", "block-diffusion:8:x",
+     "block-diffusion:8:best", "block-diffusion:8:left0", "block-diffusion:8:first2",
      "block-diffusion:0:0.9", "block-diffusion:8:0.9:half", "masked-diffusion:8",
      "masked-diffusion:8:9", "masked-diffusion:8:0", "masked-diffusion:8:4:best",
      "masked-diffusion:8:4:shift:entropy"],

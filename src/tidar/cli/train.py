@@ -86,6 +86,12 @@ EvalDataArg = Annotated[
 EvalEveryArg = Annotated[
     int | None, typer.Option(help="Steps between held-out losses and real decoding.")
 ]
+KeepModelsArg = Annotated[
+    str | None,
+    typer.Option(
+        help="Steps after which the model alone is kept too, `OUT/model-STEP`: `500,1000`."
+    ),
+]
 EvalPromptsArg = Annotated[int, typer.Option(help="Held-out prompts decoded at each evaluation.")]
 ResumeArg = Annotated[
     bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
@@ -118,6 +124,7 @@ def train(
     eval_data: EvalDataArg = None,
     eval_every: EvalEveryArg = None,
     eval_prompts: EvalPromptsArg = 8,
+    keep_models: KeepModelsArg = None,
     resume: ResumeArg = False,
     as_json: AsJsonArg = False,
 ) -> None:

@@ -1,12 +1,12 @@
 """Methods beside TiDAR and AR, by name: what tells them apart, and what they need to run.
 
-`speculative:PATH:K`, `eagle:PATH:K[:tree]`, `block-diffusion:K:THRESHOLD[:full]`,
+`speculative:PATH:K`, `eagle:PATH:K[:tree]`, `block-diffusion:K:THRESHOLD[:full]` (`best2` or `left2` for THRESHOLD),
 `masked-diffusion:SPAN:STEPS[:ORDER][:shift]`. They run in the plain engine, at the schedule of their size. What a
 name leaves out is as the checkpoint was trained.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args
 
 from tidar.eagle_files import load_eagle_head
 from tidar.eagle_head import EagleHead
@@ -14,7 +14,7 @@ from tidar.errors import TidarError
 from tidar.families import need_causal
 from tidar.layout import Schedule
 from tidar.methods import Method
-from tidar.methods.block_diffusion import BlockDiffusion
+from tidar.methods.block_diffusion import BlockDiffusion, Quota, QuotaOrder
 from tidar.methods.eagle import DraftHead, Eagle
 from tidar.methods.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from tidar.methods.speculative import DraftModel, Speculative
@@ -135,16 +135,20 @@ def _mask_of(target: Target) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockDiffusionRival:
-    """`block-diffusion:K:THRESHOLD`, then `causal` or `full`, if not as trained; see `BlockDiffusion`."""
+    """`block-diffusion:K:THRESHOLD`, then `causal` or `full`, if not as trained; see `BlockDiffusion`.
+
+    quota: of `block-diffusion:K:best2` or `:left2`; the threshold is then not looked at.
+    """
 
     threshold: float
     attention: SpanAttention | None = None
+    quota: Quota | None = None
     exact: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = True
 
     def method(self, target: Target, max_batch: int) -> BlockDiffusion:
         attention = self.attention or target.model.config.span_attention
-        return BlockDiffusion(_mask_of(target), self.threshold, attention)
+        return BlockDiffusion(_mask_of(target), self.threshold, attention, self.quota)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,15 +248,21 @@ def _parse_block_diffusion(text: str, rest: list[str]) -> tuple[str, Schedule, R
     if len(rest) < 2 or end not in said:
         raise TidarError(
             f"method {text!r} is not understood: give block-diffusion:K:THRESHOLD, such as "
-            "block-diffusion:16:0.9, then :full (clean rows see their whole span) or :causal if not the checkpoint's."
+            "block-diffusion:16:0.9, then :full (clean rows see their whole span) or :causal if not the checkpoint's. "
+            "For THRESHOLD best2 or left2: that many rows a pass, the most confident or the leftmost."
         )
+    size = _number(rest[0], text)
+    for order in get_args(QuotaOrder):
+        if rest[1].startswith(order):
+            quota = Quota(_number(rest[1].removeprefix(order), text), order)
+            name = f"block-diffusion:{size}:{order}{quota.count}{end}"
+            return name, Schedule(size, (1,)), BlockDiffusionRival(1.0, said[end], quota)
     try:
         threshold = float(rest[1])
     except ValueError:
         threshold = -1.0
     if not 0.0 <= threshold <= 1.0:
         raise TidarError(f"method {text!r}: {rest[1]!r} is not a confidence from 0 to 1.")
-    size = _number(rest[0], text)
     name = f"block-diffusion:{size}:{threshold:g}{end}"
     return name, Schedule(size, (1,)), BlockDiffusionRival(threshold, said[end])
 

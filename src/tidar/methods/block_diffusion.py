@@ -2,7 +2,8 @@
 
 Arriola et al., arXiv 2503.09573. A span of K rows sees the prefix and itself. Each pass settles the open rows
 whose confidence passes a threshold, the most confident one at least (Fast-dLLM, arXiv 2505.22618, section
-3.3; the rival that TiDAR's table 4 measures). Once none is open its tokens are certain. Their keys and
+3.3; the rival that TiDAR's table 4 measures), or a fixed number of them, the most confident or the leftmost
+(the other rows of that table). Once none is open its tokens are certain. Their keys and
 values are stored by the next pass, where they ride as clean rows before the next span.
 
 Not AR's text: tokens of a span are chosen side by side, none knowing the others'.
@@ -11,16 +12,20 @@ Not AR's text: tokens of a span are chosen side by side, none knowing the others
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tidar.errors import TidarError
 from tidar.layout import Schedule, clean_rows, dense, span_rows
 from tidar.methods import Draft, Pending, Project, Step, Verdict
 from tidar.methods.choices import Cell, gather
 from tidar.methods.denoise import check_unverified, probability_of, propose
 from tidar.model import SpanAttention
 from tidar.sampling import SamplingParams
+
+QuotaOrder = Literal["best", "left"]
 
 
 def who_sees(clean: int, span: int, draft_len: int, attention: SpanAttention) -> Tensor:
@@ -43,6 +48,21 @@ _kept = lru_cache(maxsize=256)(who_sees)
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """So many open rows settle in each pass, whatever the confidence.
+
+    order: the most confident ones ("best"), or those that come first ("left").
+    """
+
+    count: int
+    order: QuotaOrder
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise TidarError(f"{self.count} rows a pass are impossible; at least 1 must settle.")
+
+
+@dataclass(frozen=True, slots=True)
 class Writing:
     """A span under way: its tokens, the mask token where it is open, and how many passes it has had."""
 
@@ -62,14 +82,15 @@ class SpanStep(Step):
 class BlockDiffusion:
     """The method; `schedule.draft_len` is K.
 
-    threshold: confidence above which an open row settles. attention: with "causal" a span begins behind
-    the text, wherever that ends; with "full" spans lie on a grid from the text's start, and the first
-    one may begin with tokens of the prompt, which are settled from the start.
+    threshold: confidence above which an open row settles. quota: so many settle instead. attention: with
+    "causal" a span begins behind the text, wherever that ends; with "full" spans lie on a grid from the
+    text's start, and the first one may begin with tokens of the prompt, which are settled from the start.
     """
 
     mask_token_id: int
     threshold: float = 0.9
     attention: SpanAttention = "causal"
+    quota: Quota | None = None
 
     def check(self, params: SamplingParams, *, forced: bool) -> None:
         """See `Method`."""
@@ -164,6 +185,12 @@ class BlockDiffusion:
         """What becomes of the open rows: a token, or the mask token again; at least one settles."""
         tokens = propose(logits, params, positions, passes)
         sure = probability_of(tokens, logits)
-        settled = sure > self.threshold
-        settled[sure.argmax()] = True
+        if self.quota is None:
+            settled = sure > self.threshold
+            settled[sure.argmax()] = True
+        else:
+            rank = sure.cpu() if self.quota.order == "best" else -torch.arange(len(positions))
+            settled = torch.zeros(len(positions), dtype=torch.bool)
+            settled[rank.argsort(descending=True, stable=True)[: self.quota.count]] = True
+            settled = settled.to(tokens.device)
         return [int(token) for token in torch.where(settled, tokens, self.mask_token_id)]

@@ -58,7 +58,8 @@ class TrainConfig:
     those of its fields (`tidar.training.objectives`). min_lr_ratio: final over highest learning rate
     of the default schedule (cosine after a warm-up). eval_every: steps between held-out losses and
     calls of `on_interval`; 0 is never. eval_sequences: sequences of each held-out set that are used.
-    save_dtype: of the final model; "auto" is the base's, or float32 from scratch. peak_tflops: of one
+    keep_models: steps after which the model alone is kept as well, in `OUT/model-STEP`. save_dtype: of
+    these and the final model; "auto" is the base's, or float32 from scratch. peak_tflops: of one
     device, for the model FLOPs utilisation; 0 looks the device up. resume: carry on from the last
     whole checkpoint in `out`.
     """
@@ -93,6 +94,7 @@ class TrainConfig:
     attention: Literal["auto", "dense", "flex"] = "auto"
     eval_every: int = 0
     eval_sequences: int = 256
+    keep_models: tuple[int, ...] = ()
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     peak_tflops: float = 0.0
     resume: bool = False
@@ -112,6 +114,10 @@ class TrainConfig:
         for name in ("eval_every", "eval_sequences", "peak_tflops"):
             if getattr(self, name) < 0:
                 raise TidarError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if any(step < 1 for step in self.keep_models):
+            raise TidarError(
+                f"keep_models is {self.keep_models}; give steps from 1, such as 500,1000."
+            )
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise TidarError(f"min_lr_ratio is {self.min_lr_ratio}; it must be from 0 to 1.")
         for name in self.arguments:
@@ -228,12 +234,12 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         return tuple(i if isinstance(i, Source) else Source.parse(str(i)) for i in given)
     if name == "eval_data":
         return _eval_data(value)
-    if name == "draft_lens":
-        lens: Any = value.split(",") if isinstance(value, str) else value
+    if name in ("draft_lens", "keep_models"):
+        numbers: Any = value.split(",") if isinstance(value, str) else value
         try:
-            return tuple(int(item) for item in ([lens] if isinstance(lens, int) else lens))
+            return tuple(int(item) for item in ([numbers] if isinstance(numbers, int) else numbers))
         except (TypeError, ValueError):
-            raise TidarError(f"draft_lens is {value!r}; give numbers such as 8,16.") from None
+            raise TidarError(f"{name} is {value!r}; give numbers such as 8,16.") from None
     if isinstance(kind, types.UnionType):
         kind = next(k for k in kind.__args__ if k is not type(None))
     try:

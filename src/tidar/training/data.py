@@ -212,8 +212,11 @@ def prepare(
         partial.mkdir()
         try:
             _write(partial, sources, encoding, seq_len, seed, text_field, progress)
-            if not folder.exists():  # another process may have been quicker
+            try:
                 partial.rename(folder)
+            except OSError:  # another process may have been quicker
+                if not (folder / "meta.json").is_file():
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return TokenData(folder)

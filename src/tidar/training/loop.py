@@ -22,6 +22,7 @@ from tidar.training.data import InOrder, RunData
 from tidar.training.metrics import JsonLog, StepTimes, device_peak, peak_memory_gib
 from tidar.training.objective import TrainingModel
 from tidar.training.optimizers import MuonAdamW, adamw
+from tidar.training.start import Start
 
 Evaluate = Callable[[int], dict[str, float]]
 """Called with the step every `eval_every` steps, by all processes; what it measured."""
@@ -284,6 +285,27 @@ class EvaluateFirst(TrainerCallback):  # type: ignore[misc, unused-ignore]
         measure = self.trainer.run_evaluation
         if measure is not None and self.trainer.config.eval_every and state.global_step == 0:
             self.trainer.log(measure(0))
+
+
+class KeepModels(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Writes the model alone, OUT/model-STEP, after the steps that `keep_models` names.
+
+    A run that is resumed from before such a step writes the same model again.
+    """
+
+    def __init__(self, trainer: ObjectiveTrainer, start: Start) -> None:
+        self.trainer, self.start = trainer, start
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        config = self.trainer.config
+        if state.global_step not in config.keep_models:
+            return
+        if state.is_world_process_zero:
+            out = config.out.expanduser().resolve()
+            with disk_errors(out):
+                self.trainer.learner.save(out / f"model-{state.global_step}", self.start)
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.times.interrupt()
 
 
 def close_group() -> None:

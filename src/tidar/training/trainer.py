@@ -24,6 +24,7 @@ from tidar.training.held_out import OnInterval, evaluate
 from tidar.training.loop import (
     EvaluateFirst,
     Interrupts,
+    KeepModels,
     ObjectiveTrainer,
     ShowProgress,
     StopWhenAsked,
@@ -87,6 +88,7 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     trainer.add_callback(stop)
     trainer.add_callback(ShowProgress())
     trainer.add_callback(EvaluateFirst(trainer))
+    trainer.add_callback(KeepModels(trainer, start))
     if arguments.process_index == 0:
         _begin(out, config, trainer, checkpoint)
     with interrupts.watched(), model_errors():

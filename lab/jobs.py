@@ -1,0 +1,154 @@
+"""Commands that wait for one another, one at a time on each GPU: the graph of a laboratory's run.
+
+A command that fails takes with it those that wait for it; the others finish.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from lab import ROOT
+from tidar.errors import TidarError
+
+POLL_SECONDS: Final = 0.05
+GRACE_SECONDS: Final = 60.0
+"""How long a command that was asked to stop may take: training writes a checkpoint first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command. after: names of those that must have succeeded; names of no job count as done."""
+
+    name: str
+    command: tuple[str, ...]
+    after: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    gpu: str
+    began: float
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first `count` GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Without any the numbers are names of places alone, for runs on the CPU. Raises TidarError where there are fewer: a
+    job without its GPU would take the CPU.
+    """
+    if count < 1:
+        raise TidarError(f"--gpus is {count}; it must be at least 1.")
+    here = torch.cuda.device_count()
+    if 0 < here < count:
+        raise TidarError(f"--gpus is {count}, and this process sees {here}.")
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not here or told is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in told.split(",")][:count]
+
+
+def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, str]:
+    """Runs all jobs, in the order given where nothing keeps one waiting; what failed, and why.
+
+    gpus: one job at a time for each, which sees that GPU alone. logs: folder of NAME.log, both outputs of
+    each job. A line on stdout tells of every start and end. Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
+    Raises TidarError, before anything runs, for jobs that wait for each other in a circle.
+    """
+    waiting = {job.name: job for job in jobs}
+    _check_order(waiting)
+    names = frozenset(waiting)
+    logs.mkdir(parents=True, exist_ok=True)
+    free, running = list(gpus), dict[str, _Running]()
+    done: set[str] = set()
+    failed: dict[str, str] = {}
+    with _terminated_as_interrupted():
+        try:
+            while waiting or running:
+                for job in list(waiting.values()):
+                    if lost := sorted(job.after & failed.keys()):
+                        failed[waiting.pop(job.name).name] = f"not run, for want of {lost[0]}"
+                    elif free and (job.after & names) <= done:
+                        running[job.name] = _start(waiting.pop(job.name), free.pop(0), logs)
+                for name, each in list(running.items()):
+                    if (code := each.process.poll()) is None:
+                        continue
+                    del running[name]
+                    free.append(each.gpu)
+                    spent = time.monotonic() - each.began
+                    if code == 0:
+                        done.add(name)
+                        _tell(f"done {name}, {spent:.0f} s")
+                    else:
+                        failed[name] = f"exit code {code}, see {logs / f'{name}.log'}"
+                        _tell(f"FAILED {name} after {spent:.0f} s: {failed[name]}")
+                time.sleep(POLL_SECONDS)
+        finally:
+            _stop([each.process for each in running.values()])
+    return failed
+
+
+def _check_order(jobs: Mapping[str, Job]) -> None:
+    left = dict(jobs)
+    while left:
+        ready = [name for name, job in left.items() if not job.after & left.keys()]
+        if not ready:
+            raise TidarError(f"these jobs wait for each other in a circle: {', '.join(left)}.")
+        for name in ready:
+            del left[name]
+
+
+def _start(job: Job, gpu: str, logs: Path) -> _Running:
+    """Starts a job in a session of its own, so that a Ctrl-C reaches it by way of `_stop` alone."""
+    _tell(f"start {job.name} on GPU {gpu}")
+    with (logs / f"{job.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            job.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+        )  # fmt: skip
+    return _Running(process, gpu, time.monotonic())
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Asks them to end; kills what has not ended in time, or at a second Ctrl-C."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    end = time.monotonic() + GRACE_SECONDS
+    try:
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        print("killing what does not end", file=sys.stderr)
+    finally:
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To its whole session: a job may have workers of its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt meanwhile, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
