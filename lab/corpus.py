@@ -43,7 +43,7 @@ class Texts:
 class Sizes:
     """How much: files of packages, generated problems for training, held-out ones and prompts a domain."""
 
-    package_files: int = 12_000
+    package_files: int = 25_000
     calculations: int = 400_000
     stories: int = 60_000
     held_out: int = 400

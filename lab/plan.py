@@ -101,25 +101,25 @@ STAGES: Final[Mapping[str, Stage]] = {
 class Scale:
     """How large a run is. changes: values of every stage. arch: fields of every architecture.
 
-    prompts: of each domain, for speeds (one at a time) and for quality (side by side). new_tokens: of a
-    text. held_out: documents of each domain that are scored; draws: of their noise, for bounds.
+    prompts: of each domain, for speeds (one at a time), for quality (side by side), for the ablations.
+    new_tokens: of a text; timed_tokens: of one whose speed is taken; answer_tokens: of one that ends in
+    an answer. held_out: documents of each domain that are scored; draws: of their noise, for bounds.
     kept_steps: of the stage tidar, after which its model is kept, to see what a conversion takes.
-
-    ablated_prompts: of each domain, in the ablations; answer_tokens: of a text there that ends in an answer.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
-    tokenizer_size: int = 6080
+    tokenizer_size: int = 2496
     changes: Mapping[str, Any] = field(default_factory=dict)
     arch: Mapping[str, Any] = field(default_factory=dict)
-    timed_prompts: int = 8
+    timed_prompts: int = 4
+    timed_tokens: int = 128
     judged_prompts: int = 64
     new_tokens: int = 256
     held_out: int = 200
     draws: int = 16
     kept_steps: tuple[int, ...] = (125, 250, 500, 1000)
     ablated_prompts: int = 64
-    answer_tokens: int = 700
+    answer_tokens: int = 400
 
 
 FULL: Final = Scale()
@@ -135,7 +135,7 @@ SMOKE: Final = Scale(
         "vocab_size": 448, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     },
-    timed_prompts=1, judged_prompts=2, new_tokens=16, held_out=4, draws=2, kept_steps=(1, 2),
+    timed_prompts=1, timed_tokens=16, judged_prompts=2, new_tokens=16, held_out=4, draws=2, kept_steps=(1, 2),
     ablated_prompts=2, answer_tokens=16,
 )  # fmt: skip
 

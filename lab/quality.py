@@ -33,11 +33,11 @@ def decode_record(out: Path, name: str, temperature: float, scale: Scale) -> dic
     asked = _settings(checkpoint, (spec,), scale, temperature=temperature)
     told = {
         domain: {**facts, **methods[spec.name]}
-        for domain, (facts, methods) in _by_domain(out, checkpoint, asked).items()
+        for domain, (facts, methods) in _by_domain(out, checkpoint, asked, scale).items()
     }
     about = {"contender": name, "stage": contender.stage}
     return lab_record(
-        {contender.stage: checkpoint}, _told(asked, checkpoint), {**about, "domains": told}
+        {contender.stage: checkpoint}, _told(asked, checkpoint, scale), {**about, "domains": told}
     )
 
 
@@ -50,9 +50,9 @@ def schedules_record(out: Path, *, forced: bool, scale: Scale) -> dict[str, Any]
     asked = replace(asked, teacher_forced=forced)
     told = {
         domain: {**facts, "methods": methods}
-        for domain, (facts, methods) in _by_domain(out, checkpoint, asked).items()
+        for domain, (facts, methods) in _by_domain(out, checkpoint, asked, scale).items()
     }
-    return lab_record({"tidar": checkpoint}, _told(asked, checkpoint), {"domains": told})
+    return lab_record({"tidar": checkpoint}, _told(asked, checkpoint, scale), {"domains": told})
 
 
 def _settings(
@@ -64,9 +64,10 @@ def _settings(
     )  # fmt: skip
 
 
-def _told(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Settings for a record."""
+def _told(settings: Settings, checkpoint: Checkpoint, scale: Scale) -> dict[str, Any]:
+    """Settings for a record. answer_tokens: instead of max_new_tokens where a text ends in an answer."""
     made = settings_json(settings, checkpoint.model.embed.weight.dtype)
+    made["answer_tokens"] = scale.answer_tokens
     return {**made, "methods": [short_name(spec.name) for spec in settings.methods]}
 
 
@@ -77,16 +78,18 @@ def short_name(method: str) -> str:
 
 
 def _by_domain(
-    out: Path, checkpoint: Checkpoint, settings: Settings
+    out: Path, checkpoint: Checkpoint, settings: Settings, scale: Scale
 ) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
     """For each domain facts about its prompts, and figures of each method over them."""
     tokenizer, found = Tokenizer.load(checkpoint.folder), {}
     for domain in corpus.domains(out / "data"):
         path = out / "data" / f"{domain}_prompts.jsonl"
         file = read_prompts(path, tokenizer, checkpoint.model, settings.batch)
+        answers = any(prompt.answer is not None for prompt in file.prompts)
+        asked = replace(settings, max_new_tokens=scale.answer_tokens) if answers else settings
         found[domain] = (
-            _facts(file, settings),
-            _figures(checkpoint, tokenizer, file.prompts, settings, code=domain == "python"),
+            _facts(file, asked),
+            _figures(checkpoint, tokenizer, file.prompts, asked, code=domain == "python"),
         )
     return found
 

@@ -69,7 +69,7 @@ def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
     }
     told = {domain: figures_of(take_turns(entrants, some)) for domain, some in prompts.items()}
     settings = {
-        "temperature": temperature, "max_new_tokens": scale.new_tokens, "runs": RUNS, "batch": 1,
+        "temperature": temperature, "max_new_tokens": scale.timed_tokens, "runs": RUNS, "batch": 1,
         "prompts": {domain: len(some) for domain, some in prompts.items()},
         "warm_up": f"one untimed pass of {WARM_UP_TOKENS} tokens: over every prompt in the paged engine, over the "
         "first in the plain one",
@@ -94,7 +94,7 @@ def _enter(
     """Makes the engine of a contender, with room for each of the prompts, and warms it up."""
     spec = contender.spec(out)
     settings = Settings(
-        methods=(spec,), max_new_tokens=scale.new_tokens, temperature=temperature, runs=RUNS,
+        methods=(spec,), max_new_tokens=scale.timed_tokens, temperature=temperature, runs=RUNS,
         draft_lens=draft_lens(checkpoint), engine=contender.engine,
     )  # fmt: skip
     requests = [make_request(p, i, settings, tokenizer.eos_ids) for i, p in enumerate(prompts)]

@@ -101,7 +101,8 @@ def quality(shelf: Shelf) -> Section | None:
     counts = ", ".join(f"{first['domains'][domain]['prompts']} {domain}" for domain in scored)
     body = (
         f"Score (T/NFE) at temperature 0, the first held-out prompts of each domain ({counts}), up to "
-        f"{first['settings']['max_new_tokens']} tokens, side by side in the plain engine.\n\n"
+        f"{first['settings']['max_new_tokens']} tokens, {first['settings']['answer_tokens']} where they end in an "
+        "answer, side by side in the plain engine.\n\n"
         + markdown_table(["contender", "method", *heads, "average"], rows)
     )
     pictures = [_forward_picture(shelf), _speed_picture(shelf)]
