@@ -68,12 +68,17 @@ TttArg = Annotated[
     typer.Option("--ttt-length", help="Eagle: draft steps unrolled in training; 7 by default."),
 ]
 LabelShiftArg = Annotated[
-    bool,
-    typer.Option("--label-shift", help="Masked diffusion: the row before predicts (Dream)."),
+    bool | None,
+    typer.Option(
+        "--label-shift/--no-label-shift",
+        help="Masked diffusion: the row before predicts (Dream); by default as the base.",
+    ),
 ]
 SpanAttentionArg = Annotated[
     str | None,
-    typer.Option(help="Block diffusion: clean rows are `causal`, or see their `full` span."),
+    typer.Option(
+        help="Block diffusion: clean rows are `causal`, or see their `full` span; by default as the base."
+    ),
 ]
 DocumentsArg = Annotated[
     str | None,
@@ -88,7 +93,7 @@ EvalEveryArg = Annotated[
 ]
 EvalPromptsArg = Annotated[int, typer.Option(help="Held-out prompts decoded at each evaluation.")]
 ResumeArg = Annotated[
-    bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
+    bool | None, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
 ]
 AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -111,14 +116,14 @@ def train(
     teacher: TeacherArg = None,
     draft_vocab_size: DraftVocabArg = None,
     ttt_length: TttArg = None,
-    label_shift: LabelShiftArg = False,
+    label_shift: LabelShiftArg = None,
     span_attention: SpanAttentionArg = None,
     documents: DocumentsArg = None,
     seq_len: SeqLenArg = None,
     eval_data: EvalDataArg = None,
     eval_every: EvalEveryArg = None,
     eval_prompts: EvalPromptsArg = 8,
-    resume: ResumeArg = False,
+    resume: ResumeArg = None,
     as_json: AsJsonArg = False,
 ) -> None:
     """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
@@ -166,10 +171,11 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
 
     from tidar.cli.interval import methods_of
     from tidar.training.config import TrainConfig
+    from tidar.training.start import read_as_base
     from tidar.training.trainer import TrainingInterrupted
     from tidar.training.trainer import train as run
 
-    settings = TrainConfig.from_mapping(values)
+    settings = read_as_base(TrainConfig.from_mapping(values))
     try:
         result = run(settings, on_interval=_measurement(settings, eval_prompts))
     except TrainingInterrupted as stopped:
@@ -210,7 +216,7 @@ def _own_options(context: typer.Context) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in given.items()
-        if value is not None and value is not False and value != ()  # 0 is a value
+        if value is not None and value != ()  # 0 and no are values
     }
 
 

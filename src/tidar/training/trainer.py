@@ -32,7 +32,7 @@ from tidar.training.loop import (
 )
 from tidar.training.objective import Attention, Objective, TrainingModel
 from tidar.training.sources import Source
-from tidar.training.start import Start, make_encoding, make_start
+from tidar.training.start import Start, make_encoding, make_start, read_as_base
 
 WARM_UP_STEPS = 10
 """Steps left out of the reported throughput: compilation and first allocations."""
@@ -71,6 +71,7 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     arguments = make_arguments(config, out)
     checkpoint = start_point(out, resume=config.resume) if arguments.process_index == 0 else None
     checkpoint = _agreed(checkpoint, arguments)
+    config = read_as_base(config)
     objective = config.objective_with(arguments.seed)
     start = make_start(config, objective, arguments.seed)
     data, held_out = _make_data(config, start, arguments)
