@@ -133,7 +133,9 @@ def test_what_may_follow_what(home: Path, tmp_path: Path) -> None:
         out = tmp_path / f"again-{given}"
         again = run(home, out, **changes, span_attention=given).model
         assert load_checkpoint(again).config.span_attention == read
-        again_config = TrainConfig.from_mapping(settings(home, out, **changes, span_attention=given))
+        again_config = TrainConfig.from_mapping(
+            settings(home, out, **changes, span_attention=given)
+        )
         full = ":full" if read == "full" else ""
         assert methods_of(read_as_base(again_config))[-1] == f"block-diffusion:4:0.9{full}"
     with pytest.raises(TidarError, match="'full' needs anchors 'grid'"):
@@ -204,7 +206,9 @@ def test_an_option_of_another_objective_is_refused(home: Path, tmp_path: Path) -
         ("ar", "ttt_length", 7, "eagle"),
         ("tidar", "documents", "apart", "block-diffusion, masked-diffusion"),
     ):
-        values = settings(home, tmp_path, objective=objective, base="b", arch=None) | {option: value}
+        values = settings(home, tmp_path, objective=objective, base="b", arch=None) | {
+            option: value
+        }
         told = f"{option} is no option of objective '{objective}'.*has it: {having}\\."
         with pytest.raises(TidarError, match=told):
             TrainConfig.from_mapping(values)
