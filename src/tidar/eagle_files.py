@@ -235,7 +235,7 @@ def _check(name: str, tensor: Tensor, slot: Tensor) -> None:
 
 
 def _fill_maps(head: EagleHead, d2t: Tensor, t2d: Tensor | None) -> None:
-    """The draft vocabulary, by d2t; t2d must agree where it is there. Raises TidarError by the name of the wrong one."""
+    """The draft vocabulary, by d2t; t2d must agree where it is there. Raises TidarError that names the wrong one."""
     ids = d2t + torch.arange(len(d2t))
     wrong = (ids < 0) | (ids >= head.config.vocab_size)
     wrong[1:] |= ids[1:] <= ids[:-1]
