@@ -38,7 +38,7 @@ from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.evaluation.harness import TidarLM, engine_options
 from tidar.layout import Schedule
-from tidar.methods import Project, Verdict
+from tidar.methods import Draft, Pending, Project, Verdict
 from tidar.methods.eagle import DraftHead, Eagle, EagleStep, Guess
 from tidar.methods.tree import Siblings, Tree, chain, spread
 from tidar.sampling import Draw, SamplingParams, probabilities, reject_siblings
@@ -252,6 +252,21 @@ def test_drafts_are_those_of_the_definition(params: dict[str, float]) -> None:
                 assert guess.siblings[node].tokens == tuple(best)
             compared += 1
     assert compared > 50
+
+
+@pytest.mark.parametrize("values", [{"top_k": 2, "temperature": 0.8}, {}], ids=["top_k", "few"])
+def test_tokens_that_cannot_be_are_not_drafted(values: dict[str, float]) -> None:
+    """Two are possible, by top_k or by the head's vocabulary: of three siblings one stays empty."""
+    draft = Draft((0,))
+    pending = Pending(4, draft, 99, SamplingParams(**values), draw=lambda probs: 0)  # type: ignore[arg-type]
+    logits = torch.tensor([[0.5, 3.0, -1.0, 2.0, 1.0]])
+    if not values:
+        logits[0, [0, 2, 4]] = -torch.inf
+    guess = Guess(pending, 1)
+    guess.take(0, 0, (1, 2, 3), logits)
+    assert guess.siblings[0].nodes == (1, 2)
+    assert set(guess.siblings[0].tokens) == {1, 3}
+    assert set(guess.tokens) == {1, 2}
 
 
 def test_no_more_is_drafted_than_is_left() -> None:

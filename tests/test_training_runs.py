@@ -69,6 +69,20 @@ def test_evaluation_changes_no_weight(home: Path, tmp_path: Path) -> None:
     assert all(0 < row["eval/held/mask_loss"] < 10 for row in rows)
 
 
+def test_held_out_losses_do_not_depend_on_the_batch(home: Path, tmp_path: Path) -> None:
+    """5 sequences in batches of 2: the last one is filled up, and what fills it carries no label."""
+    held = {"eval_data": {"held": str(home / "data.jsonl")}, "eval_every": 1, "eval_sequences": 5}
+    for options in ({}, {"objective": "ar"}):
+        found = []
+        for size in (1, 2, 5):
+            out = tmp_path / f"{len(options)}-{size}"
+            run(home, out, **options, **held, max_steps=1, per_device_train_batch_size=size,
+                save_strategy="no")  # fmt: skip
+            found.append({k: v for k, v in log(out)[0].items() if k.startswith("eval/held/")})
+        assert all(row == pytest.approx(found[0], rel=1e-5) for row in found)
+        assert len(found[0]) == 2 - len(options)
+
+
 def test_the_measurement_before_the_first_step_is_taken_once(home: Path, tmp_path: Path) -> None:
     from tidar.training.trainer import train
 

@@ -49,17 +49,14 @@ def _losses(trainer: ObjectiveTrainer, name: str, data: TokenData) -> dict[str, 
     size = args.per_device_train_batch_size
     count = min(len(data), trainer.config.eval_sequences)
     learner = trainer.learner
-    total = torch.zeros(len(learner.losses) + 2, device=args.device)
+    total = torch.zeros(learner.stats_size, device=args.device)
     for begin in range(args.process_index * size, count, args.world_size * size):
         batch = _padded_batch(data, begin, min(begin + size, count), size)
         inputs = {key: value.to(args.device) for key, value in batch.items()}
         with learner.hard_labels():
             total += learner(**inputs)["stats"]
-    *sums, items, _ = trainer.accelerator.reduce(total).tolist()
-    return {
-        f"eval/{name}/{loss}": value / max(items, 1.0)
-        for loss, value in zip(learner.losses, sums, strict=True)
-    }
+    means = learner.means(trainer.accelerator.reduce(total))
+    return {f"eval/{name}/{loss}": value for loss, value in means.items()}
 
 
 def _padded_batch(data: TokenData, begin: int, end: int, size: int) -> Batch:
