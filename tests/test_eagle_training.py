@@ -273,18 +273,23 @@ def test_a_trained_head_decodes(tmp_path: Path) -> None:
     plain = tidar(*fixed, "--method", "ar").json
     text = f"def add(a, b):{plain['text']}"
     (tmp_path / "data.jsonl").write_text((json.dumps({"text": text}) + "\n") * 60)
+    (tmp_path / "held.jsonl").write_text((json.dumps({"text": text * 3}) + "\n") * 8)
     ran = tidar(
         "train", "--objective", "eagle", "--base", BUNDLED, "--data", tmp_path / "data.jsonl", "--out",
         tmp_path / "run", "--cache-dir", tmp_path / "cache", "--seq-len", 48, "--ttt-length", 4,
         "--draft-vocab-size", 500, "--max-steps", 30, "--learning-rate", "3e-3", "--logging-steps", 5,
         "--per-device-train-batch-size", 4, "--report-to", "none", "--use-cpu", "true", "--json",
-        "--eval-data", f"held={tmp_path / 'data.jsonl'}", "--eval-every", 30, "--eval-sequences", 4,
+        "--eval-data", f"held={tmp_path / 'held.jsonl'}", "--eval-every", 30, "--eval-sequences", 4,
+        "--eval-prompts", 2,
     ).json  # fmt: skip
     rows = [row for row in log(tmp_path / "run") if "loss" in row]
     assert rows[-1]["first_draft_loss"] < 0.5 * rows[0]["first_draft_loss"]
     assert rows[-1]["last_draft_accuracy"] > rows[0]["last_draft_accuracy"]
     held = [row for row in log(tmp_path / "run") if "eval/held/first_draft_loss" in row]
     assert held[-1]["eval/held/first_draft_loss"] < held[0]["eval/held/first_draft_loss"]
+    # The decoder drafts with the head as it is at that step.
+    rate = "decode/held/t0/eagle:4/tokens_per_forward"
+    assert held[-1][rate] > 1.2 * held[0][rate] >= 1.2
     model = checkpoint("bundled")
     head = load_eagle_head(str(ran["model"]), model.config)
     assert (head.draft_vocab_size, head.taps) == (500, (0, 3, 6))

@@ -156,7 +156,7 @@ def test_interval_decodes_with_the_method_of_the_objective(
     values = {**RUNS[name], "anchors": "grid", "eval_data": {"held": str(home / "data.jsonl")}}
     config = TrainConfig.from_mapping(settings(home, tmp_path, **values))
     net = init_model(config_from_hf(ARCH, mask_token_id=319), 0).eval()
-    logs = interval.IntervalDecoding(config, 2, 8)(net, 0)
+    logs = interval.IntervalDecoding(config, 2, 8)(config.objective_with(0).model(net), 0)
     labels = METHODS.get(name, ["k2", "k4"])
     assert set(logs) == {
         f"decode/held/t{temperature}/{label}/{figure}"

@@ -49,7 +49,8 @@ def test_evaluation_changes_no_weight(home: Path, tmp_path: Path) -> None:
 
     calls = []
 
-    def on_interval(net: Any, step: int) -> dict[str, float]:
+    def on_interval(learner: Any, step: int) -> dict[str, float]:
+        net = learner.net
         assert not net.training
         assert [layer.index for layer in net.layers] == [0, 1]
         torch.manual_seed(step)
@@ -121,8 +122,9 @@ def test_interval_decoding_measures_each_draft_length(
 
     monkeypatch.setattr(interval, "Engine", Watched)
     values = settings(home, tmp_path, eval_data={"held": str(home / "data.jsonl")})
+    config = TrainConfig.from_mapping(values)
     net = init_model(config_from_hf(ARCH, mask_token_id=319), 0).eval()
-    logs = interval.IntervalDecoding(TrainConfig.from_mapping(values), 3, 8)(net, 0)
+    logs = interval.IntervalDecoding(config, 3, 8)(config.objective_with(0).model(net), 0)
     assert list(logs) == [
         f"decode/held/t{temperature}/k{draft_len}/{name}"
         for temperature in (0, 1)

@@ -11,8 +11,8 @@ import typer
 from tidar.errors import TidarError
 
 if TYPE_CHECKING:
-    from tidar.model import Transformer
     from tidar.training.config import TrainConfig
+    from tidar.training.objective import TrainingModel
 
 SAMPLED = 256
 """Texts that --self-data samples side by side, and writes to the disk together."""
@@ -134,7 +134,7 @@ def train(
     Any field of `transformers.TrainingArguments` is an option too: `--learning-rate 1e-5`, `--max-steps 1000`,
     `--per-device-train-batch-size 8`, `--gradient-checkpointing true`. Ctrl-C saves a checkpoint; the same
     command with `--resume` carries on. Every `--eval-every` steps the real decoder measures tokens per
-    forward on held-out prompts, beside the losses (`OUT/log.jsonl`, TensorBoard).
+    forward on held-out prompts (not for `ar`, where it is 1), beside the losses (`OUT/log.jsonl`, TensorBoard).
 
     Examples:
 
@@ -189,8 +189,6 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
         )
         raise typer.Exit(130) from None
     others = [name for name in methods_of(settings) if settings.objective != "tidar"]
-    if settings.objective == "eagle":  # the name holds the folder, so intervals cannot decode by it
-        others = [f"eagle:{result.model}:{settings.ttt_length}"]
     return {**asdict(result), "model": str(result.model), "methods": others}
 
 
@@ -284,7 +282,7 @@ def _sample_self_data(values: dict[str, Any], texts: int) -> None:
 
 def _measurement(
     config: "TrainConfig", prompts: int
-) -> "Callable[[Transformer, int], dict[str, float]] | None":
+) -> "Callable[[TrainingModel, int], dict[str, float]] | None":
     """What the trainer calls at intervals: tokens per forward of the real decoder on held-out prompts."""
     if not config.eval_every or not config.eval_data or prompts < 1:
         return None

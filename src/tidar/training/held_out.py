@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from tidar.model import Transformer
 from tidar.training.data import Batch, TokenData
 from tidar.training.loop import ObjectiveTrainer
+from tidar.training.objective import TrainingModel
 
-OnInterval = Callable[[Transformer, int], Mapping[str, float]]
-"""`on_interval(net, step)`: measurements for the log, with the network in evaluation mode."""
+OnInterval = Callable[[TrainingModel, int], Mapping[str, float]]
+"""`on_interval(learner, step)`: measurements for the log, with its network uncompiled and in evaluation mode."""
 
 
 def evaluate(
@@ -28,11 +28,12 @@ def evaluate(
             logs.update(_losses(trainer, name, data))
         if on_interval is not None:
             if trainer.is_world_process_zero():
-                with trainer.learner.plain() as net:
+                learner = trainer.learner
+                with learner.plain() as net:
                     was_training = net.training
                     net.eval()
                     try:
-                        logs.update({k: float(v) for k, v in on_interval(net, step).items()})
+                        logs.update({k: float(v) for k, v in on_interval(learner, step).items()})
                     finally:
                         net.train(was_training)
             trainer.accelerator.wait_for_everyone()

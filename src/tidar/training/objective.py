@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidar.attention import Attend, dense_attend
+from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta
 from tidar.layout import Rows, dense
@@ -139,6 +140,11 @@ class TrainingModel(nn.Module, ABC):
             "loss": sums.total / items,
             "stats": torch.stack([value.detach().float() for value in stats]),
         }
+
+    @property
+    def draft_head(self) -> EagleHead | None:
+        """The head that is trained to draft for the network; None where there is none."""
+        return None
 
     @property
     def stats_size(self) -> int:

@@ -62,8 +62,8 @@ class TrainResult:
 def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> TrainResult:
     """Run the training that `config` describes, from the start or from where it was stopped.
 
-    on_interval: called every `eval_every` steps (by the first process), with the uncompiled float32
-    network in evaluation mode; neither it nor the held-out losses change the training.
+    on_interval: called every `eval_every` steps (by the first process), with what is trained, its network
+    uncompiled, float32 and in evaluation mode; neither it nor the held-out losses change the training.
 
     Raises TidarError for what the user can mend, TrainingInterrupted after Ctrl-C or SIGTERM.
     """

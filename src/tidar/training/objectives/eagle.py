@@ -115,6 +115,11 @@ class EagleModel(TrainingModel):
         size = objective.draft_vocab_size or min(PUBLISHED_VOCAB, config.vocab_size)
         self.head = EagleHead(EagleConfig.for_model(config, size))
 
+    @property
+    def draft_head(self) -> EagleHead:
+        """See `TrainingModel`."""
+        return self.head
+
     def prepare(self, data: TokenData) -> None:
         """See `TrainingModel`. Picks the draft vocabulary, of two equally frequent tokens the lower id."""
         counts = torch.from_numpy(data.counts(self.net.config.vocab_size))
