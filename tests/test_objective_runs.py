@@ -1,6 +1,7 @@
 """Short runs of every objective: the loss falls, the checkpoint says what it is and decodes, resuming holds."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,42 @@ def test_learns_a_few_texts_by_heart(home: Path, tmp_path: Path, name: str) -> N
         short = METHODS[name][-1].removesuffix(":full").removesuffix(":entropy:shift")
         told = model.generate("alpha beta", method=short, max_new_tokens=9, ignore_eos=True)
         assert told.ids == named.ids
+        if RUNS[name]["objective"] == "block-diffusion":
+            reading_it_causally_is_told(result.model, METHODS[name][-1])
     elif name == "tidar":
         # What earlier versions read: no key that they do not know.
         assert set(entry) == {"format_version", "draft_lens", "mask_token_id", "alpha", "masking"}
     else:
         assert entry is None
+
+
+def reading_it_causally_is_told(folder: Path, own: str) -> None:
+    """Block diffusion's weights: by everything that reads them so, and by nothing else."""
+    told = rf"{folder} was trained for block diffusion.* own method is {own.removesuffix(':full')}$"
+    model = load(folder, device="cpu")
+    for method in ("ar", "tidar", f"speculative:{folder}:2"):
+        with pytest.warns(UserWarning, match=told):
+            model.generate("alpha beta", method=method, max_new_tokens=4, span_set="plan")
+        with pytest.warns(UserWarning, match=told):
+            tidar(
+                "generate",
+                "alpha",
+                "--model",
+                folder,
+                "--method",
+                method,
+                "-n",
+                3,
+                "--device",
+                "cpu",
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate("alpha beta", max_new_tokens=4)
+    read = tidar("inspect", "model", folder)
+    assert "no causal loss has trained it" in read.out
+    assert f"--method {own.removesuffix(':full')}" in read.out
+    assert tidar("inspect", "model", folder, "--json").json["method"] == own.removesuffix(":full")
 
 
 @pytest.mark.parametrize("name", ["full", "dream"])
