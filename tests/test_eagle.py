@@ -12,18 +12,18 @@ import pytest
 import torch
 from command import refused, tidar
 from contenders import decode, eagle, fitted_head, random_head, target
-from lm_eval.api.instance import Instance
-from models import BUNDLED, Excuses, ar_text, assert_equal, checkpoint, random_prompt, walk
-from test_decode_cache import check_cache
-from test_exact_distribution import (
+from enumeration import (
     EXACT,
-    PROMPT,
     Enough,
     ar_distribution,
     distance,
+    joint_distribution,
     rejection,
     tiny,
 )
+from lm_eval.api.instance import Instance
+from models import BUNDLED, Excuses, ar_text, assert_equal, checkpoint, random_prompt, walk
+from test_decode_cache import check_cache
 from torch import Tensor
 
 import tidar as package
@@ -359,26 +359,10 @@ class Watched(Eagle):
 def text_distribution(
     method: Watched, params: SamplingParams, max_new_tokens: int | None = None
 ) -> Counter[tuple[int, ...]]:
-    """The joint distribution of the first `method.count` tokens, through the real engine."""
+    """The joint distribution of the first `method.count` tokens."""
     plan = FixedPlan(Schedule(method.tree.depth + 1, ()))
-    method.engine = engine = Engine(tiny(), method, plan, max_batch=1)
-    request = Request(
-        prompt=PROMPT, max_new_tokens=max_new_tokens or method.count + 8, params=params
-    )
-
-    def run(draw: Draw) -> tuple[int, ...]:
-        engine.submit(request)
-        engine.waiting[0].draw = draw
-        try:
-            list(engine.run())
-        except Enough as enough:
-            return enough.tokens
-        raise AssertionError("the run ended before its tokens were known")
-
-    joint: Counter[tuple[int, ...]] = Counter()
-    for weight, tokens in walk(run):
-        joint[tokens] += weight
-    return joint
+    method.engine = Engine(tiny(), method, plan, max_batch=1)
+    return joint_distribution(method.engine, method.count, params, max_new_tokens)
 
 
 def tiny_head(*tokens: int) -> EagleHead:
