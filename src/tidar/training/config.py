@@ -17,7 +17,7 @@ from tidar.model import SpanAttention
 from tidar.training.objective import Objective
 from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source
-from tidar.training.spans import Anchors, Documents
+from tidar.training.spans import Anchors, Documents, SpanObjective
 
 # Set by us from other fields; giving them as well would leave two truths.
 _TAKEN: Final = {
@@ -125,7 +125,7 @@ class TrainConfig:
                 "optimizer muon, or optim with optimizer adamw."
             )
         self.objective_with(seed=0)
-        spans = self.objective in ("tidar", "block-diffusion")
+        spans = issubclass(OBJECTIVES[self.objective], SpanObjective)
         if spans and max(self.draft_lens) > self.seq_len:
             raise TidarError(
                 f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
