@@ -92,7 +92,9 @@ STAGES: Final[Mapping[str, Stage]] = {
     ),
     "eagle": Stage(
         what="an EAGLE-3 head for the twin", after="ar",
-        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS},
+        # Its simulated steps see each other by dense masks: a quarter of a step at a time.
+        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS,
+                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
     ),
 }  # fmt: skip
 
@@ -128,7 +130,8 @@ SMOKE: Final = Scale(
     sizes=Sizes(package_files=150, calculations=300, stories=100, held_out=20, prompts=2),
     tokenizer_size=440,
     changes={
-        "seq_len": 128, "per_device_train_batch_size": 4, "max_steps": 3, "warmup_steps": 1,
+        "seq_len": 128, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "max_steps": 3, "warmup_steps": 1,
         "save_strategy": "no", "logging_steps": 1, "use_cpu": True,
     },
     arch={

@@ -83,19 +83,22 @@ def make_base(folder: Path, tokenizer: Path, *, mask_token_id: int | None = None
                     generation_config={"eos_token_id": 0})  # fmt: skip
 
 
-def train_options(home: Path, out: Path) -> list[object]:
-    """Options of a short run on the CPU; what it starts from is left to the caller."""
+def train_options(home: Path, out: Path, *, spans: bool = True) -> list[object]:
+    """Options of a short run on the CPU, with spans or without; what it starts from is left to the caller."""
+    laid = ["--draft-lens", "2,4", "--anchors", "random"] if spans else []
     return [
         "train", "--out", out, "--cache-dir", home / "cache", "--seq-len", 32,
-        "--draft-lens", "2,4", "--anchors", "random", "--max-steps", 6, "--save-steps", 2,
+        *laid, "--max-steps", 6, "--save-steps", 2,
         "--learning-rate", "1e-3", "--per-device-train-batch-size", 4, "--logging-steps", 1,
         "--seed", 3, "--report-to", "none", "--use-cpu", "true",
     ]  # fmt: skip
 
 
-def scratch_options(home: Path, out: Path, data: Path | None = None) -> list[object]:
+def scratch_options(
+    home: Path, out: Path, data: Path | None = None, *, spans: bool = True
+) -> list[object]:
     """A short run from scratch."""
-    return [*train_options(home, out), "--arch", home / "arch.json",
+    return [*train_options(home, out, spans=spans), "--arch", home / "arch.json",
             "--tokenizer", home / "tokenizer", "--data", data or home / "data.jsonl"]  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def test_show_steps_counts_forward_passes() -> None:
 
 def test_from_scratch_then_convert_with_own_text(home: Path, tmp_path: Path) -> None:
     """An AR model from scratch, converted with text that it samples itself; each command resumes."""
-    tidar(*scratch_options(home, tmp_path / "ar"), "--objective", "ar")
+    tidar(*scratch_options(home, tmp_path / "ar", spans=False), "--objective", "ar")
     base = tmp_path / "ar" / "model"
     assert "tidar" not in json.loads((base / "config.json").read_text())
     convert = [*train_options(home, tmp_path / "own"), "--base", base, "--self-data", 40,

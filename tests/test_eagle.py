@@ -12,18 +12,18 @@ import pytest
 import torch
 from command import refused, tidar
 from contenders import decode, eagle, fitted_head, random_head, target
-from lm_eval.api.instance import Instance
-from models import BUNDLED, Excuses, ar_text, assert_equal, checkpoint, random_prompt, walk
-from test_decode_cache import check_cache
-from test_exact_distribution import (
+from enumeration import (
     EXACT,
-    PROMPT,
     Enough,
     ar_distribution,
     distance,
+    joint_distribution,
     rejection,
     tiny,
 )
+from lm_eval.api.instance import Instance
+from models import BUNDLED, Excuses, ar_text, assert_equal, checkpoint, random_prompt, walk
+from test_decode_cache import check_cache
 from torch import Tensor
 
 import tidar as package
@@ -38,7 +38,7 @@ from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.evaluation.harness import TidarLM, engine_options
 from tidar.layout import Schedule
-from tidar.methods import Project, Verdict
+from tidar.methods import Draft, Pending, Project, Verdict
 from tidar.methods.eagle import DraftHead, Eagle, EagleStep, Guess
 from tidar.methods.tree import Siblings, Tree, chain, spread
 from tidar.sampling import Draw, SamplingParams, probabilities, reject_siblings
@@ -254,6 +254,21 @@ def test_drafts_are_those_of_the_definition(params: dict[str, float]) -> None:
     assert compared > 50
 
 
+@pytest.mark.parametrize("values", [{"top_k": 2, "temperature": 0.8}, {}], ids=["top_k", "few"])
+def test_tokens_that_cannot_be_are_not_drafted(values: dict[str, float]) -> None:
+    """Two are possible, by top_k or by the head's vocabulary: of three siblings one stays empty."""
+    draft = Draft((0,))
+    pending = Pending(4, draft, 99, SamplingParams(**values), draw=lambda probs: 0)  # type: ignore[arg-type]
+    logits = torch.tensor([[0.5, 3.0, -1.0, 2.0, 1.0]])
+    if not values:
+        logits[0, [0, 2, 4]] = -torch.inf
+    guess = Guess(pending, 1)
+    guess.take(0, 0, (1, 2, 3), logits)
+    assert guess.siblings[0].nodes == (1, 2)
+    assert set(guess.siblings[0].tokens) == {1, 3}
+    assert set(guess.tokens) == {1, 2}
+
+
 def test_no_more_is_drafted_than_is_left() -> None:
     for count in range(1, 9):
         request = Request(prompt=random_prompt(target(), 6, 1), max_new_tokens=count)
@@ -344,26 +359,10 @@ class Watched(Eagle):
 def text_distribution(
     method: Watched, params: SamplingParams, max_new_tokens: int | None = None
 ) -> Counter[tuple[int, ...]]:
-    """The joint distribution of the first `method.count` tokens, through the real engine."""
+    """The joint distribution of the first `method.count` tokens."""
     plan = FixedPlan(Schedule(method.tree.depth + 1, ()))
-    method.engine = engine = Engine(tiny(), method, plan, max_batch=1)
-    request = Request(
-        prompt=PROMPT, max_new_tokens=max_new_tokens or method.count + 8, params=params
-    )
-
-    def run(draw: Draw) -> tuple[int, ...]:
-        engine.submit(request)
-        engine.waiting[0].draw = draw
-        try:
-            list(engine.run())
-        except Enough as enough:
-            return enough.tokens
-        raise AssertionError("the run ended before its tokens were known")
-
-    joint: Counter[tuple[int, ...]] = Counter()
-    for weight, tokens in walk(run):
-        joint[tokens] += weight
-    return joint
+    method.engine = Engine(tiny(), method, plan, max_batch=1)
+    return joint_distribution(method.engine, method.count, params, max_new_tokens)
 
 
 def tiny_head(*tokens: int) -> EagleHead:

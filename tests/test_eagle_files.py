@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from command import refused
 from contenders import random_head, target
 from models import assert_equal
 from safetensors.torch import load_file, save_file
@@ -161,6 +162,44 @@ def test_an_embedding_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(back["embed_tokens.weight"], tensors["embed_tokens.weight"])
 
 
+def test_an_embedding_must_know_all_tokens_of_the_model(tmp_path: Path) -> None:
+    """One that the model shares does; a head that shares it may name fewer, and drafts from those."""
+    config = {**AUTHORS, "vocab_size": 39}
+    tensors = published_tensors(config)
+    shared = load_eagle_head(write(tmp_path / "shared", config, tensors), target().config)
+    assert shared.target_ids.tolist() == list(DRAFTED)
+    tensors["embed_tokens.weight"] = torch.randn(39, 32)
+    folder = write(tmp_path / "own", config, tensors)
+    with pytest.raises(TidarError, match="of its own, of 39 tokens, and the model has 40"):
+        load_eagle_head(folder, target().config)
+
+
+def test_one_map_is_enough(tmp_path: Path) -> None:
+    """NVIDIA ModelOpt exports d2t alone; the other follows."""
+    tensors = published_tensors(AUTHORS)
+    t2d = tensors.pop("t2d")
+    head = load_eagle_head(write(tmp_path / "head", AUTHORS, tensors), target().config)
+    assert head.target_ids.tolist() == list(DRAFTED)
+    assert torch.equal(head.t2d, t2d)
+
+
+def test_a_head_is_no_model(tmp_path: Path) -> None:
+    for name, changes in (
+        ("authors", {}),
+        ("all tokens", {"architectures": ["Eagle3LlamaForCausalLM"], "draft_vocab_size": None}),
+    ):
+        config = {key: value for key, value in {**AUTHORS, **changes}.items() if value is not None}
+        folder = write(tmp_path / name, config, {})
+        for args in (
+            ("inspect", "model", folder),
+            ("generate", "x", "--model", folder, "--device", "cpu"),
+            ("generate", "x", "--method", f"speculative:{folder}:2", "--device", "cpu"),
+        ):
+            told = refused(*args)
+            assert f"{folder} is an EAGLE-3 head and no model" in told
+            assert f"--method eagle:{folder}:K" in told
+
+
 def test_both_ways(tmp_path: Path) -> None:
     """What is saved has the published names, shapes and keys, and opens as it was."""
     head = random_head(target(), DRAFTED)
@@ -209,6 +248,9 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "d2t missing": (lambda t: t.pop("d2t"), "lacks tensors: d2t"),
     "norm missing": (
         lambda t: t.pop("midlayer.hidden_norm.weight"), r"lacks tensors: midlayer\.hidden_norm"),
+    "beyond float16": (setting("norm.weight", 3, 70000), "norm.weight holds .* no numbers in float16"),
+    "an embedding of fewer": (
+        lambda t: t.update({"embed_tokens.weight": torch.ones(39, 32)}), r"embed_tokens\.weight has shape \[39"),
     "a second layer": (
         lambda t: t.update({"midlayer2.norm": torch.ones(1)}), r"unexpected tensors: midlayer2\.norm"),
     "a bias": (
@@ -235,8 +277,12 @@ def test_a_broken_tensor_is_refused_by_name(name: str, tmp_path: Path) -> None:
     change, message = BROKEN[name]
     tensors = published_tensors(AUTHORS)
     change(tensors)
-    with pytest.raises(TidarError, match=message):
-        load_eagle_head(write(tmp_path / "head", AUTHORS, tensors), target().config)
+    folder, dtype = write(tmp_path / "head", AUTHORS, tensors), torch.float32
+    if "float16" in message:  # a number until it is cast
+        load_eagle_head(folder, target().config)
+        dtype = torch.float16
+    with pytest.raises(TidarError, match=f"^EAGLE-3 head {folder}: .*{message}"):
+        load_eagle_head(folder, target().config, dtype=dtype)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -246,6 +292,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"attention_bias": True}, "attention_bias is True"),
     "norm before": ({"norm_before_residual": True}, "norm_before_residual is True"),
     "more tokens": ({"vocab_size": 50}, "vocab_size is 50; the model has 40"),
+    "architectures no list": (
+        {"architectures": "LlamaForCausalLMEagle3"},
+        "must be a list, such as",
+    ),
     "drafts too many": ({"draft_vocab_size": 41}, "from 1 to vocab_size, 40"),
     "drafts a text": ({"draft_vocab_size": "12"}, "whole number, got '12'"),
     "a model": ({"architectures": ["Qwen3ForCausalLM"]}, "architectures is .'Qwen3ForCausalLM'"),
@@ -258,15 +308,20 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_head_of_another_kind_is_refused_by_key(name: str, tmp_path: Path) -> None:
     changes, message = CONFIGS[name]
     folder = write(tmp_path / "head", {**AUTHORS, **changes}, published_tensors(AUTHORS))
-    with pytest.raises(TidarError, match=message):
+    with pytest.raises(TidarError, match=f"^EAGLE-3 head {folder}: .*{message}"):
         load_eagle_head(folder, target().config)
 
 
 def test_unreadable_weights_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "head", AUTHORS, published_tensors(AUTHORS), pickled=True)
-    (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs")
-    with pytest.raises(TidarError, match=r"pytorch_model\.bin: not a readable file"):
-        load_eagle_head(folder, target().config)
+    for content in (
+        b"version https://git-lfs",
+        b"hello world\n",
+        b"",
+    ):  # the second is a KeyError in torch
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(TidarError, match=r"pytorch_model\.bin: not a readable file"):
+            load_eagle_head(folder, target().config)
     (folder / "model.safetensors").write_bytes(b"xx")
     with pytest.raises(TidarError, match=r"model\.safetensors: not a readable file"):
         load_eagle_head(folder, target().config)

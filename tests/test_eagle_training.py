@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from models import BUNDLED, assert_equal, checkpoint, plain_logits, random_promp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import assert_same, log, make_home, run
 
 from tidar.decode.request import Request
 from tidar.eagle_files import load_eagle_head
-from tidar.layout import IGNORE, document_rows, training_labels
+from tidar.layout import IGNORE, dense, document_rows, training_labels
 from tidar.methods.eagle import DraftHead, Pairs
 from tidar.methods.tree import chain
+from tidar.model import flops_per_row
 from tidar.training.objectives.eagle import DECAY, EagleModel, EagleObjective
 from tidar.weights import load_checkpoint
 
@@ -97,7 +100,7 @@ def test_the_loss_by_hand() -> None:
         sums = model.sums(batch(ids, document))
         _, tapped = model._read(ids, rows)
         outputs = list(model.unrolled(ids, rows, tapped))
-        total, right, by_step = 0.0, [0, 0, 0], [0.0, 0.0, 0.0]
+        counted, right, by_step = [0, 0, 0], [0, 0, 0], [0.0, 0.0, 0.0]
         for sequence, start, end in ((0, 0, 5), (0, 5, 21), (0, 21, 24), (1, 0, 12), (1, 13, 24)):
             teacher = plain_logits(target(), ids[sequence, start:end].tolist())
             for step in range(3):
@@ -108,6 +111,7 @@ def test_the_loss_by_hand() -> None:
                     if int(goal.argmax()) not in DRAFTED:
                         continue
                     made = model.head.draft_logits(outputs[step][sequence, start + place])
+                    counted[step] += 1
                     wanted = goal[list(DRAFTED)].softmax(-1)
                     by_step[step] -= float((wanted * made.log_softmax(-1)).sum())
                     right[step] += int(made.argmax()) == int(wanted.argmax())
@@ -115,7 +119,51 @@ def test_the_loss_by_hand() -> None:
     assert float(sums.total) == pytest.approx(total, rel=1e-5)
     found = [float(each) for each in sums.losses]
     assert found == pytest.approx([by_step[0], by_step[2], right[0], right[2]], rel=1e-5)
-    assert int(sums.labels) == int((training_labels(ids, document)[1] != IGNORE).sum())
+    labels = int((training_labels(ids, document)[1] != IGNORE).sum())
+    assert int(sums.labels) == labels
+    # What is logged is a mean over the rows that counted, of each step its own.
+    assert counted[2] < counted[0] < labels
+    with torch.no_grad():
+        passed = model(**batch(ids, document))
+    assert float(passed["loss"]) == pytest.approx(total / labels, rel=1e-5)
+    expected = [by_step[0] / counted[0], by_step[2] / counted[2], right[0] / counted[0],
+                right[2] / counted[2]]  # fmt: skip
+    means = model.means(2 * passed["stats"])  # as of two batches
+    assert dict(zip(model.losses, expected, strict=True)) == pytest.approx(means, rel=1e-5)
+
+
+def test_operations_are_those_counted() -> None:
+    """Products of matrices by torch's own counter, keys from the masks; a backward pass is twice a forward one."""
+    steps, (ids, document) = 3, packed()
+    model, rows = learner(ttt_length=steps), document_rows(document)
+    tokens, visible = ids.numel(), dense(rows, rows).sum().item()
+
+    def products(run: Callable[[], object]) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+
+    def read() -> None:
+        model.net.logits(model._read(ids, rows)[0])
+
+    whole, of_model = products(lambda: model.sums(batch(ids, document))), products(read)
+    keys = sum(visible + step * tokens for step in range(steps))
+    seen = 4 * model.head.config.num_heads * model.head.config.head_dim * keys
+    seen_by_model = flops_per_row(model.net.config, visible / tokens) * tokens - of_model
+    expected = of_model + seen_by_model + 3 * (whole - of_model + seen)
+    assert seen_by_model > 0
+    assert model.flops(tokens, visible) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_head_begins_with_the_models_own_rows() -> None:
+    """Its vocabulary projection and final norm; matrices are drawn, other norms are 1."""
+    head, model = copy.deepcopy(random_head(target(), DRAFTED)), target()
+    head.init_weights(model, torch.Generator().manual_seed(0))
+    assert torch.equal(head.lm_head.weight, model.head_weight[list(DRAFTED)])
+    assert torch.equal(head.norm.weight, model.norm.weight)
+    assert bool((head.hidden_norm.weight == 1).all())
+    assert bool((head.layer.attn_norm.weight == 1).all())
+    assert float(head.fc.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_documents_never_meet() -> None:
@@ -123,14 +171,22 @@ def test_documents_never_meet() -> None:
     model, (ids, document) = learner(ttt_length=4), packed()
     rows = document_rows(document)
     other = torch.where(document == 1, (ids + 1) % 38, ids)
+    place = torch.arange(ids.shape[1])
     with torch.no_grad():
-        for left, right in zip(
-            *(model.unrolled(each, rows, model._read(each, rows)[1]) for each in (ids, other)),
-            strict=True,
+        for step, (left, right) in enumerate(
+            zip(
+                *(model.unrolled(each, rows, model._read(each, rows)[1]) for each in (ids, other)),
+                strict=True,
+            ),
+            start=1,
         ):
             changed = ~torch.isclose(left, right, atol=1e-6).all(dim=-1)
             assert not bool((changed & (document == 2)).any())
             assert bool(changed[document == 1].any())
+            # The row reads the token `step` places on: of document 0 as long as that is in it.
+            inside = (document == 0) & (place + step < (document == 0).sum(dim=1, keepdim=True))
+            assert bool(inside.any())
+            assert not bool((changed & inside).any())
 
 
 def test_chunks_and_autocast() -> None:
@@ -217,18 +273,23 @@ def test_a_trained_head_decodes(tmp_path: Path) -> None:
     plain = tidar(*fixed, "--method", "ar").json
     text = f"def add(a, b):{plain['text']}"
     (tmp_path / "data.jsonl").write_text((json.dumps({"text": text}) + "\n") * 60)
+    (tmp_path / "held.jsonl").write_text((json.dumps({"text": text * 3}) + "\n") * 8)
     ran = tidar(
         "train", "--objective", "eagle", "--base", BUNDLED, "--data", tmp_path / "data.jsonl", "--out",
         tmp_path / "run", "--cache-dir", tmp_path / "cache", "--seq-len", 48, "--ttt-length", 4,
         "--draft-vocab-size", 500, "--max-steps", 30, "--learning-rate", "3e-3", "--logging-steps", 5,
         "--per-device-train-batch-size", 4, "--report-to", "none", "--use-cpu", "true", "--json",
-        "--eval-data", f"held={tmp_path / 'data.jsonl'}", "--eval-every", 30, "--eval-sequences", 4,
+        "--eval-data", f"held={tmp_path / 'held.jsonl'}", "--eval-every", 30, "--eval-sequences", 4,
+        "--eval-prompts", 2,
     ).json  # fmt: skip
     rows = [row for row in log(tmp_path / "run") if "loss" in row]
     assert rows[-1]["first_draft_loss"] < 0.5 * rows[0]["first_draft_loss"]
     assert rows[-1]["last_draft_accuracy"] > rows[0]["last_draft_accuracy"]
     held = [row for row in log(tmp_path / "run") if "eval/held/first_draft_loss" in row]
     assert held[-1]["eval/held/first_draft_loss"] < held[0]["eval/held/first_draft_loss"]
+    # The decoder drafts with the head as it is at that step.
+    rate = "decode/held/t0/eagle:4/tokens_per_forward"
+    assert held[-1][rate] > 1.2 * held[0][rate] >= 1.2
     model = checkpoint("bundled")
     head = load_eagle_head(str(ran["model"]), model.config)
     assert (head.draft_vocab_size, head.taps) == (500, (0, 3, 6))

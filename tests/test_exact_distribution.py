@@ -6,49 +6,35 @@ model is in float64, so that two ways to compute the same logits give the same p
 """
 
 import copy
-import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from models import make_engine, plain_logits, random_model, walk
+from enumeration import (
+    EXACT,
+    PROMPT,
+    VOCAB,
+    Enough,
+    ar_distribution,
+    distance,
+    joint_distribution,
+    rejection,
+    tiny,
+)
+from models import make_engine, walk
 from torch import Tensor
 
 import tidar.methods.choices as choices_module
 from tidar.decode.engine import Engine
-from tidar.decode.request import Request
 from tidar.layout import Schedule, nearest_anchor, two_forward
 from tidar.methods import Draft, Project, Verdict
 from tidar.methods.choices import Cell
 from tidar.methods.tidar import Tidar, TidarStep
 from tidar.model import Transformer
 from tidar.sampling import Draw, SamplingParams, probabilities, reject
-
-VOCAB = 5
-PROMPT = (3, 0, 4)
-EXACT = 1e-9
-
-
-@cache
-def tiny(family: str = "llama") -> Transformer:
-    """Five tokens and a mask token in float64; its distributions are neither flat nor sharp."""
-    model = copy.deepcopy(
-        random_model(family, vocab=VOCAB + 1, layers=1, width=16, seed=0, limit=16)
-    )
-    return model.double()
-
-
-class Enough(Exception):
-    """The tokens that were asked for are known; what the step would draft next does not matter."""
-
-    def __init__(self, tokens: tuple[int, ...]) -> None:
-        super().__init__(tokens)
-        self.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -83,55 +69,10 @@ def engine_distribution(
     model: Transformer | None = None,
     max_new_tokens: int | None = None,
 ) -> Counter[tuple[int, ...]]:
-    """The joint distribution of the first `method.count` tokens, through the real engine."""
+    """The joint distribution of the first `method.count` tokens."""
     engine = make_engine(model or tiny(), method, schedule, max_batch=1)
     method.engines[:] = [engine]
-    request = Request(
-        prompt=PROMPT, max_new_tokens=max_new_tokens or method.count + 8, params=params
-    )
-
-    def run(draw: Draw) -> tuple[int, ...]:
-        engine.submit(request)
-        engine.waiting[0].draw = draw
-        try:
-            for _ in engine.run():
-                pass
-        except Enough as enough:
-            return enough.tokens
-        raise AssertionError("the run ended before its tokens were known")
-
-    joint: Counter[tuple[int, ...]] = Counter()
-    for weight, tokens in walk(run):
-        joint[tokens] += weight
-    return joint
-
-
-def ar_distribution(
-    count: int, params: SamplingParams, model: Transformer | None = None
-) -> dict[tuple[int, ...], float]:
-    """The product of AR's conditionals, from plain causal forwards."""
-    model = model or tiny()
-
-    @cache
-    def conditional(tokens: tuple[int, ...]) -> list[float]:
-        logits = plain_logits(model, [*PROMPT, *tokens])[-1:]
-        return probabilities(logits, params)[0].tolist()
-
-    return {
-        tokens: math.prod(conditional(tokens[:i])[tokens[i]] for i in range(count))
-        for tokens in itertools.product(range(VOCAB), repeat=count)
-    }
-
-
-def distance(joint: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
-    """The largest difference of a probability; impossible outcomes (the mask token) count too."""
-    assert sum(joint.values()) == pytest.approx(1.0, abs=EXACT)
-    assert sum(expected.values()) == pytest.approx(1.0, abs=EXACT)
-    return max(abs(joint[key] - expected.get(key, 0.0)) for key in {*joint, *expected})
-
-
-def rejection(**values: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 1.0, "sampling": "rejection", **values})
+    return joint_distribution(engine, method.count, params, max_new_tokens)
 
 
 def test_the_distribution_is_not_a_special_one() -> None:

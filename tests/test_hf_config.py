@@ -105,6 +105,33 @@ CONFIG_REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bad number": (
         "llama", {"hidden_size": "32"}, "hidden_size must be a whole number, got '32'",
     ),
+    "half a head": (
+        "llama", {"num_key_value_heads": 2.5}, "num_key_value_heads must be a whole number, got 2.5",
+    ),
+    "heads as text": (
+        "llama", {"num_key_value_heads": "2"}, "num_key_value_heads must be a whole number, got '2'",
+    ),
+    "heads as a flag": (
+        "qwen3", {"num_key_value_heads": True}, "num_key_value_heads must be a whole number, got True",
+    ),
+    "theta as text": (
+        "llama", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a number, got 'x'",
+    ),
+    "theta as text, old style": (
+        "llama", {"rope_parameters": ..., "rope_theta": "x"}, "rope_theta must be a number, got 'x'",
+    ),
+    "yarn with a text": (
+        "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}},
+        "beta_fast must be a number, got 'x'",
+    ),
+    "window as text": ("mistral", {"sliding_window": "8"}, "sliding_window must be a whole number"),
+    "window layers as text": (
+        "qwen2-tied",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": "a",
+         "layer_types": ...},
+        "max_window_layers must be a whole number, got 'a'",
+    ),
+    "layer types as a number": ("qwen3", {"layer_types": 5}, "layer_types must be a list of texts"),
     "bad flag": (
         "llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false",
     ),

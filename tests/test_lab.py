@@ -247,7 +247,11 @@ def test_contenders_have_seen_equally_many_clean_tokens() -> None:
     for name in STAGES:
         values = {**plan.COMMON, **plan.STAGES[name].values, "data": "d", "out": "o", "base": "b"}
         config = TrainConfig.from_mapping(values)
-        assert config.seq_len * config.arguments["per_device_train_batch_size"] == 131_072
+        given = config.arguments
+        sequences = given["per_device_train_batch_size"] * given.get(
+            "gradient_accumulation_steps", 1
+        )
+        assert config.seq_len * sequences == 131_072
 
 
 def test_the_backbone_is_as_small_as_it_should_be() -> None:

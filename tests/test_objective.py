@@ -17,6 +17,7 @@ from tidar.training.flex import flex_mask
 from tidar.training.objective import TrainingModel
 from tidar.training.objectives.ar import ArObjective
 from tidar.training.objectives.tidar import TidarObjective, mask_half
+from tidar.training.spans import SpanGrid
 from tidar.weights import init_model
 
 CONFIG = ModelConfig(
@@ -243,6 +244,21 @@ def test_autoregressive_objective_is_the_clean_half() -> None:
     assert ar["stats"][0].item() == pytest.approx(tidar["stats"][0].item(), abs=1e-4)
     assert ar["stats"][1].item() == 10
     assert ar["loss"].item() == pytest.approx(ar["stats"][0].item() / 10, abs=1e-5)
+
+
+def test_visible_keys_are_counted() -> None:
+    """Exactly where all spans are whole; within a few percent where lengths, offsets and ends differ."""
+    even = batch([[0] * 8 + [1] * 16])
+    rows = SpanGrid((4,), "grid", 0).rows(even["document"], even["epoch"], even["index"])
+    assert SpanGrid((4,), "grid", 0).visible(rows).item() == dense(rows, rows).sum().item()
+    ragged, grid = batch([[0] * 57 + [1] * 71 for _ in range(32)]), SpanGrid((2, 4, 8), "random", 0)
+    rows = grid.rows(ragged["document"], ragged["epoch"], ragged["index"])
+    counted = dense(rows, rows).sum().item()
+    assert grid.visible(rows).item() == pytest.approx(counted, rel=0.05)
+    spans_alone = counted - rows.anchor.sum().item()  # what the mean length stands for
+    assert grid.visible(rows).item() - rows.anchor.sum().item() == pytest.approx(
+        spans_alone, rel=0.2
+    )
 
 
 def test_flex_mask_equals_create_block_mask() -> None:

@@ -1,6 +1,7 @@
 """Short runs of every objective: the loss falls, the checkpoint says what it is and decodes, resuming holds."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from training_runs import assert_same, log, make_home, run, settings
 
 from tidar.api import load
 from tidar.cli import interval
+from tidar.cli.interval import methods_of
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta, config_from_hf
 from tidar.training.config import TrainConfig
 from tidar.training.objectives import OBJECTIVES, ObjectiveName
+from tidar.training.start import read_as_base
 from tidar.weights import init_model, load_checkpoint
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -80,11 +83,42 @@ def test_learns_a_few_texts_by_heart(home: Path, tmp_path: Path, name: str) -> N
         short = METHODS[name][-1].removesuffix(":full").removesuffix(":entropy:shift")
         told = model.generate("alpha beta", method=short, max_new_tokens=9, ignore_eos=True)
         assert told.ids == named.ids
+        if RUNS[name]["objective"] == "block-diffusion":
+            reading_it_causally_is_told(result.model, METHODS[name][-1])
     elif name == "tidar":
         # What earlier versions read: no key that they do not know.
         assert set(entry) == {"format_version", "draft_lens", "mask_token_id", "alpha", "masking"}
     else:
         assert entry is None
+
+
+def reading_it_causally_is_told(folder: Path, own: str) -> None:
+    """Block diffusion's weights: by everything that reads them so, and by nothing else."""
+    told = rf"{folder} was trained for block diffusion.* own method is {own.removesuffix(':full')}$"
+    model = load(folder, device="cpu")
+    for method in ("ar", "tidar", f"speculative:{folder}:2"):
+        with pytest.warns(UserWarning, match=told):
+            model.generate("alpha beta", method=method, max_new_tokens=4, span_set="plan")
+        with pytest.warns(UserWarning, match=told):
+            tidar(
+                "generate",
+                "alpha",
+                "--model",
+                folder,
+                "--method",
+                method,
+                "-n",
+                3,
+                "--device",
+                "cpu",
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate("alpha beta", max_new_tokens=4)
+    read = tidar("inspect", "model", folder)
+    assert "no causal loss has trained it" in read.out
+    assert f"--method {own.removesuffix(':full')}" in read.out
+    assert tidar("inspect", "model", folder, "--json").json["method"] == own.removesuffix(":full")
 
 
 @pytest.mark.parametrize("name", ["full", "dream"])
@@ -104,15 +138,40 @@ def test_what_may_follow_what(home: Path, tmp_path: Path) -> None:
     first = run(home, tmp_path / "ar", objective="ar", **options).model
     options |= {"arch": None, "tokenizer": None}
     dream = run(home, tmp_path / "dream", base=str(first), **RUNS["dream"], **options).model
-    llada = run(home, tmp_path / "llada", base=str(dream), **RUNS["llada"], **options).model
-    config = load_checkpoint(llada).config
-    assert (config.attention, config.label_shift) == ("bidirectional", False)
+    for unset, shifted in ((None, True), (False, False), ("no", False)):
+        on = run(home, tmp_path / f"on-{unset}", base=str(dream), objective="masked-diffusion",
+                 label_shift=unset, **options).model  # fmt: skip
+        config = load_checkpoint(on).config
+        assert (config.attention, config.label_shift) == ("bidirectional", shifted)
     for objective in ("ar", "tidar", "block-diffusion"):
         with pytest.raises(TidarError, match=f"objective '{objective}' reads causally"):
             run(home, tmp_path / "none", base=str(dream), objective=objective, **options)
-    block = run(home, tmp_path / "block", base=str(first), **RUNS["block"], **options).model
-    back = run(home, tmp_path / "back", base=str(block), objective="ar", **options).model
-    assert "tidar" not in json.loads((back / "config.json").read_text())
+    for name in ("tidar", "block", "full"):
+        grid = {**options, "anchors": "grid"}
+        spans = run(home, tmp_path / name, base=str(first), **RUNS[name], **grid).model
+        generation = json.loads((spans / "generation_config.json").read_text())
+        assert generation["suppress_tokens"]
+        # Back to a plain causal model, which knows no mask token.
+        back = run(home, tmp_path / f"{name}-ar", base=str(spans), objective="ar", **options).model
+        opened = load_checkpoint(back)
+        assert opened.meta is None
+        assert opened.config.mask_token_id is None
+        assert "tidar" not in json.loads((back / "config.json").read_text())
+        generation = json.loads((back / "generation_config.json").read_text())
+        assert "suppress_tokens" not in generation
+    # Unset is as the base is read; what is given wins.
+    changes = {**grid, "base": str(spans), "objective": "block-diffusion", "documents": "joined"}
+    for given, read in ((None, "full"), ("causal", "causal")):
+        out = tmp_path / f"again-{given}"
+        again = run(home, out, **changes, span_attention=given).model
+        assert load_checkpoint(again).config.span_attention == read
+        again_config = TrainConfig.from_mapping(
+            settings(home, out, **changes, span_attention=given)
+        )
+        full = ":full" if read == "full" else ""
+        assert methods_of(read_as_base(again_config))[-1] == f"block-diffusion:4:0.9{full}"
+    with pytest.raises(TidarError, match="'full' needs anchors 'grid'"):
+        run(home, tmp_path / "none", **{**changes, "anchors": "random"})
 
 
 def test_published_families_are_no_base(home: Path, tmp_path: Path) -> None:
@@ -129,7 +188,7 @@ def test_interval_decodes_with_the_method_of_the_objective(
     values = {**RUNS[name], "anchors": "grid", "eval_data": {"held": str(home / "data.jsonl")}}
     config = TrainConfig.from_mapping(settings(home, tmp_path, **values))
     net = init_model(config_from_hf(ARCH, mask_token_id=319), 0).eval()
-    logs = interval.IntervalDecoding(config, 2, 8)(net, 0)
+    logs = interval.IntervalDecoding(config, 2, 8)(config.objective_with(0).model(net), 0)
     labels = METHODS.get(name, ["k2", "k4"])
     assert set(logs) == {
         f"decode/held/t{temperature}/{label}/{figure}"
@@ -169,6 +228,23 @@ def test_every_objective_takes_its_options_from_the_configuration(
         if name in ("tidar", "block-diffusion"):
             assert objective.draft_lens == (2, 4)  # type: ignore[attr-defined]
     assert set(OBJECTIVES) == set(ObjectiveName.__args__)  # type: ignore[attr-defined]
+
+
+def test_an_option_of_another_objective_is_refused(home: Path, tmp_path: Path) -> None:
+    for objective, option, value, having in (
+        ("eagle", "alpha", 2, "tidar"),
+        ("masked-diffusion", "draft_lens", 4, "tidar, block-diffusion"),
+        ("ar", "label_shift", False, "masked-diffusion"),
+        ("ar", "ttt_length", 7, "eagle"),
+        ("tidar", "documents", "apart", "block-diffusion, masked-diffusion"),
+    ):
+        values = settings(home, tmp_path, objective=objective, base="b", arch=None) | {
+            option: value
+        }
+        told = f"{option} is no option of objective '{objective}'.*has it: {having}\\."
+        with pytest.raises(TidarError, match=told):
+            TrainConfig.from_mapping(values)
+        TrainConfig.from_mapping(values | {option: None, "head_chunk": 3})
 
 
 def test_an_entry_that_no_run_writes_is_refused() -> None:

@@ -13,16 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from enumeration import EXACT, PROMPT, VOCAB, ar_distribution, distance, rejection, tiny
 from models import ar_text, random_model, random_prompt, walk
-from test_exact_distribution import (
-    EXACT,
-    PROMPT,
-    VOCAB,
-    ar_distribution,
-    distance,
-    rejection,
-    tiny,
-)
 from test_paged_engine import Irregular, assert_returned, collect
 from torch import Tensor
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from command import refused, tidar
 from contenders import decode, near_copy, speculative, target
-from models import BUNDLED, make_engine, plain_cache, random_model, random_prompt, walk
-from test_exact_distribution import (
+from enumeration import (
     EXACT,
-    PROMPT,
     Enough,
     ar_distribution,
     distance,
+    joint_distribution,
     rejection,
     tiny,
 )
+from models import BUNDLED, make_engine, plain_cache, random_model, random_prompt
 from torch import Tensor
 
 import tidar as package
@@ -32,7 +32,7 @@ from tidar.layout import Schedule
 from tidar.methods import Project, Step, Verdict
 from tidar.methods.speculative import DraftModel, Guess, Speculative
 from tidar.model import Transformer
-from tidar.sampling import Draw, SamplingParams, probabilities
+from tidar.sampling import SamplingParams, probabilities
 from tidar.weights import save_checkpoint
 
 
@@ -145,26 +145,9 @@ class Watched(Speculative):
 def text_distribution(
     method: Watched, draft_count: int, params: SamplingParams, max_new_tokens: int | None = None
 ) -> Counter[tuple[int, ...]]:
-    """The joint distribution of the first `method.count` tokens, through the real engine."""
-    engine = make_engine(tiny(), method, Schedule(draft_count + 1, ()), max_batch=1)
-    method.engine = engine
-    request = Request(
-        prompt=PROMPT, max_new_tokens=max_new_tokens or method.count + 8, params=params
-    )
-
-    def run(draw: Draw) -> tuple[int, ...]:
-        engine.submit(request)
-        engine.waiting[0].draw = draw
-        try:
-            list(engine.run())
-        except Enough as enough:
-            return enough.tokens
-        raise AssertionError("the run ended before its tokens were known")
-
-    joint: Counter[tuple[int, ...]] = Counter()
-    for weight, tokens in walk(run):
-        joint[tokens] += weight
-    return joint
+    """The joint distribution of the first `method.count` tokens."""
+    method.engine = make_engine(tiny(), method, Schedule(draft_count + 1, ()), max_batch=1)
+    return joint_distribution(method.engine, method.count, params, max_new_tokens)
 
 
 @pytest.mark.parametrize(

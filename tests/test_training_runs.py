@@ -50,7 +50,8 @@ def test_evaluation_changes_no_weight(home: Path, tmp_path: Path) -> None:
 
     calls = []
 
-    def on_interval(net: Any, step: int) -> dict[str, float]:
+    def on_interval(learner: Any, step: int) -> dict[str, float]:
+        net = learner.net
         assert not net.training
         assert [layer.index for layer in net.layers] == [0, 1]
         torch.manual_seed(step)
@@ -68,6 +69,20 @@ def test_evaluation_changes_no_weight(home: Path, tmp_path: Path) -> None:
     rows = [row for row in log(tmp_path / "with") if "tokens_per_forward" in row]
     assert [row["step"] for row in rows] == calls
     assert all(0 < row["eval/held/mask_loss"] < 10 for row in rows)
+
+
+def test_held_out_losses_do_not_depend_on_the_batch(home: Path, tmp_path: Path) -> None:
+    """5 sequences in batches of 2: the last one is filled up, and what fills it carries no label."""
+    held = {"eval_data": {"held": str(home / "data.jsonl")}, "eval_every": 1, "eval_sequences": 5}
+    for options in ({}, {"objective": "ar"}):
+        found = []
+        for size in (1, 2, 5):
+            out = tmp_path / f"{len(options)}-{size}"
+            run(home, out, **options, **held, max_steps=1, per_device_train_batch_size=size,
+                save_strategy="no")  # fmt: skip
+            found.append({k: v for k, v in log(out)[0].items() if k.startswith("eval/held/")})
+        assert all(row == pytest.approx(found[0], rel=1e-5) for row in found)
+        assert len(found[0]) == 2 - len(options)
 
 
 def test_the_measurement_before_the_first_step_is_taken_once(home: Path, tmp_path: Path) -> None:
@@ -108,8 +123,9 @@ def test_interval_decoding_measures_each_draft_length(
 
     monkeypatch.setattr(interval, "Engine", Watched)
     values = settings(home, tmp_path, eval_data={"held": str(home / "data.jsonl")})
+    config = TrainConfig.from_mapping(values)
     net = init_model(config_from_hf(ARCH, mask_token_id=319), 0).eval()
-    logs = interval.IntervalDecoding(TrainConfig.from_mapping(values), 3, 8)(net, 0)
+    logs = interval.IntervalDecoding(config, 3, 8)(config.objective_with(0).model(net), 0)
     assert list(logs) == [
         f"decode/held/t{temperature}/k{draft_len}/{name}"
         for temperature in (0, 1)

@@ -9,7 +9,7 @@ import torch
 from command import ARCH, WORDS
 from safetensors.torch import load_file
 
-from tidar.training.config import TrainConfig
+from tidar.training.config import TrainConfig, objective_options
 from tidar.training.sources import Source
 from tidar.training.tokenizer import train_tokenizer
 
@@ -33,12 +33,17 @@ def make_home(folder: Path) -> Path:
 
 
 def settings(home: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Of a short run, with `changes`; of the options for spans those that the objective has."""
+    has = objective_options(changes.get("objective", "tidar"))
+    spans = {"draft_lens": "2,4", "anchors": "random"}
+    spans = {name: changes.pop(name, usual) for name, usual in spans.items()}
     return {
         "out": str(out), "arch": str(home / "arch.json"), "tokenizer": str(home / "tokenizer"),
         "data": str(home / "data.jsonl"), "cache_dir": str(home / "cache"), "seq_len": 32,
-        "draft_lens": "2,4", "anchors": "random", "max_steps": 8, "learning_rate": 1e-3,
+        "max_steps": 8, "learning_rate": 1e-3,
         "per_device_train_batch_size": 4, "save_steps": 3, "logging_steps": 1, "seed": 3,
-        "report_to": "none", "use_cpu": True, **changes,
+        "report_to": "none", "use_cpu": True,
+        **{name: value for name, value in spans.items() if name in has}, **changes,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 from tidar.decode.engine import Engine, FixedPlan, Plan, check_request
 from tidar.decode.plan import MAX_DRAFT_LEN, MeasuredPlan
 from tidar.decode.request import FinishReason, Request, StepEvent, tokens_per_forward
-from tidar.decode.rivals import Target, default_method
+from tidar.decode.rivals import Target, default_method, warn_of_causal_reading
 from tidar.decode.shared import Job, PlanSpec, SharedEngine
 from tidar.decode.spec import MethodSpec, parse_rival_only
 from tidar.errors import TidarError
@@ -92,11 +92,7 @@ class LanguageModel:
     @property
     def default_method(self) -> MethodName:
         """The best that the checkpoint can do: what decodes where no method is named."""
-        if self.network.config.attention == "bidirectional":
-            return default_method(self.network.config)
-        if self.meta and self.meta.objective == "block-diffusion":
-            return f"block-diffusion:{self.draft_len}:0.9"
-        return "tidar" if self.meta else "ar"
+        return default_method(self.network.config, self.meta)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt; ids are taken as they are."""
@@ -173,14 +169,18 @@ class LanguageModel:
     def rival(self, method: MethodName | None, engine: str, **tidar: object) -> MethodSpec | None:
         """The method of this name where it is neither TiDAR nor AR; None where it is.
 
-        tidar: options that only TiDAR has. Raises TidarError for what is not known or cannot go together.
+        tidar: options that only TiDAR has. Warns where it reads causally what was not trained so. Raises TidarError
+        for what is not known or cannot go together.
         """
         method = method or self.default_method
-        if method in ("tidar", "ar"):
-            return None
-        paged = engine != "auto" and self.pick_engine(engine) == "paged"
-        given = [name for name, value in tidar.items() if value not in (None, "plan", 1.0)]
-        return parse_rival_only(method, paged=paged, given=given)
+        spec = None
+        if method not in ("tidar", "ar"):
+            paged = engine != "auto" and self.pick_engine(engine) == "paged"
+            given = [name for name, value in tidar.items() if value not in (None, "plan", 1.0)]
+            spec = parse_rival_only(method, paged=paged, given=given)
+        if spec is None or spec.is_exact:
+            warn_of_causal_reading(self.checkpoint)
+        return spec
 
     def method(self, beta: float = 1.0) -> Tidar:
         """The decoding method; beta below 1 is lossy. Raises TidarError outside 0..1."""

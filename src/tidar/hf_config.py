@@ -169,6 +169,13 @@ def read_meta(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TidarMet
     return meta
 
 
+def is_eagle_head(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of an EAGLE-3 head (`tidar.eagle_files`), which otherwise looks like a model's."""
+    named = raw.get("architectures")
+    named = named if isinstance(named, list) else [named]
+    return "draft_vocab_size" in raw or any("Eagle3" in str(name) for name in named)
+
+
 def read_config(
     raw: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> tuple[ModelConfig, TidarMeta | None]:

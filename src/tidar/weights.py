@@ -22,6 +22,7 @@ from tidar.hf_config import (
     TidarMeta,
     config_to_hf,
     find_folder,
+    is_eagle_head,
     read_config,
     read_json,
     read_meta,
@@ -88,12 +89,17 @@ def load_checkpoint(
         dtype: of the model; "auto" is what config.json names, else what the files hold.
 
     Raises:
-        TidarError: no such folder or repository, an unsupported or quantized model, missing,
+        TidarError: no such folder or repository, an unsupported or quantized model, a draft head, missing,
             unexpected or misshapen tensors, unreadable or pickled weights.
     """
     source = os.fspath(path_or_hub_id)
     folder = find_folder(source)
     raw = read_json(folder / "config.json")
+    if is_eagle_head(raw):
+        raise TidarError(
+            f"{source} is an EAGLE-3 head and no model; with the model that it drafts for, use "
+            f"--method eagle:{source}:K"
+        )
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     config, meta = read_config(raw, generation)

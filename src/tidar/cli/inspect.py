@@ -154,6 +154,7 @@ def describe_model(source: str) -> dict[str, Any]:
     from tidar.weights import load_checkpoint
 
     checkpoint = load_checkpoint(source, dtype="auto")
+    method = default_method(checkpoint.config, checkpoint.meta)
     config, files = checkpoint.config, sorted(checkpoint.folder.iterdir())
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     weights = list(checkpoint.model.parameters())
@@ -164,7 +165,7 @@ def describe_model(source: str) -> dict[str, Any]:
         "folder": str(checkpoint.folder),
         "config": dataclasses.asdict(config),
         "tidar": checkpoint.meta.to_json() if checkpoint.meta else None,
-        "method": default_method(config) if config.attention == "bidirectional" else None,
+        "method": None if method in ("ar", "tidar") else method,
         "parameters": num_parameters(config),
         "dtypes": dict(dtypes),
         "weight_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
@@ -220,6 +221,11 @@ def facts_text(facts: dict[str, Any]) -> str:
 def _how_it_reads(facts: dict[str, Any]) -> str:
     """What a row sees, what it predicts, and by which method such a checkpoint writes."""
     config = facts["config"]
+    if config["attention"] == "causal" and facts["method"] is not None:
+        return (
+            f"block diffusion, its clean rows {config['span_attention']}: no causal loss has trained it, so "
+            f"what reads it causally (ar, tidar, a draft model) may write poorly; --method {facts['method']}"
+        )
     if config["attention"] == "causal":
         return "causally: a row sees those before it and predicts the next position"
     predicts = "the next position (label shift)" if config["label_shift"] else "its own position"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tidar.bench.repetition import mean_distinct
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.request import Request, tokens_per_forward
-from tidar.decode.rivals import Target, parse_rival
+from tidar.decode.rivals import EagleRival, Target, parse_rival
 from tidar.layout import Schedule, dense_schedule
 from tidar.methods import Method
 from tidar.methods.tidar import Tidar
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from tidar.model import Transformer
     from tidar.training.config import TrainConfig
+    from tidar.training.objective import TrainingModel
 
 TEMPERATURES = (0.0, 1.0)
 
 
 def methods_of(config: "TrainConfig") -> list[str]:
-    """Methods that a checkpoint of this run is for, as `tidar generate --method` takes them; none for "ar".
+    """Methods that what this run makes is for, as `tidar generate --method` takes them; none for "ar".
 
     Block diffusion at the threshold of Fast-dLLM, masked diffusion at two tokens a pass.
     """
@@ -35,13 +36,18 @@ def methods_of(config: "TrainConfig") -> list[str]:
         return [f"block-diffusion:{draft_len}:0.9{full}" for draft_len in config.draft_lens]
     if config.objective == "masked-diffusion":
         return ["masked-diffusion:32:16" + (":entropy:shift" if config.label_shift else "")]
+    if config.objective == "eagle":
+        return [f"eagle:{config.out.expanduser().resolve() / 'model'}:{config.ttt_length}"]
     return []
 
 
-def decoder(name: str, net: "Transformer", batch: int) -> tuple[Schedule, Method[Any]]:
-    """The schedule and the method of one of `methods_of`; TiDAR with all spans."""
-    if rival := parse_rival(name):
-        return rival[1], rival[2].method(Target(net), batch)
+def decoder(name: str, learner: "TrainingModel", batch: int) -> tuple[Schedule, Method[Any]]:
+    """The schedule and the method of one of `methods_of`; TiDAR with all spans, and a head as it is in training."""
+    net, head = learner.net, learner.draft_head
+    if found := parse_rival(name):
+        _, schedule, rival = found
+        heads = {rival.path: head} if isinstance(rival, EagleRival) and head is not None else {}
+        return schedule, rival.method(Target(net, heads=heads), batch)
     assert net.config.mask_token_id is not None
     return dense_schedule(int(name.removeprefix("tidar:"))), Tidar(net.config.mask_token_id)
 
@@ -53,19 +59,24 @@ class IntervalDecoding:
         self.config, self.count, self.prompt_tokens = config, prompts, prompt_tokens
         self._prompts: dict[str, list[tuple[int, ...]]] = {}
 
-    def __call__(self, net: "Transformer", step: int) -> dict[str, float]:
+    def __call__(self, learner: "TrainingModel", step: int) -> dict[str, float]:
         """Tokens per forward and the distinct-4-gram ratio, for each method that the run trains for.
 
         The names are `decode/SET/t0/k8/tokens_per_forward`: held-out set, temperature, and K, or another
-        method's name.
+        method's name, a head's without its folder.
         """
         if not self._prompts:
-            self._prompts = {name: self._read(net, name) for name, _ in self.config.eval_data}
+            self._prompts = {
+                name: self._read(learner.net, name) for name, _ in self.config.eval_data
+            }
         logs = {}
         for name, prompts in self._prompts.items():
             for temperature, method in product(TEMPERATURES, methods_of(self.config)):
-                ratio, distinct = self._decode(net, prompts, temperature, method)
-                label = f"decode/{name}/t{temperature:g}/{method.replace('tidar:', 'k')}"
+                ratio, distinct = self._decode(learner, prompts, temperature, method)
+                short = method.replace("tidar:", "k")
+                if method.startswith("eagle:"):
+                    short = f"eagle:{self.config.ttt_length}"
+                label = f"decode/{name}/t{temperature:g}/{short}"
                 logs[f"{label}/tokens_per_forward"] = ratio
                 logs[f"{label}/distinct_4"] = distinct
         return logs
@@ -94,15 +105,15 @@ class IntervalDecoding:
 
     def _decode(
         self,
-        net: "Transformer",
+        learner: "TrainingModel",
         prompts: list[tuple[int, ...]],
         temperature: float,
         method: str,
     ) -> tuple[float, float]:
-        room = min(96, net.config.max_positions - self.prompt_tokens)
+        room = min(96, learner.net.config.max_positions - self.prompt_tokens)
         batch = max(1, len(prompts))
-        schedule, decoding = decoder(method, net, batch)
-        engine = Engine(net, decoding, FixedPlan(schedule), max_batch=batch)
+        schedule, decoding = decoder(method, learner, batch)
+        engine = Engine(learner.net, decoding, FixedPlan(schedule), max_batch=batch)
         texts: list[list[int]] = [[] for _ in prompts]
         decoded = steps = 0
         requests = [

@@ -11,8 +11,8 @@ import typer
 from tidar.errors import TidarError
 
 if TYPE_CHECKING:
-    from tidar.model import Transformer
     from tidar.training.config import TrainConfig
+    from tidar.training.objective import TrainingModel
 
 SAMPLED = 256
 """Texts that --self-data samples side by side, and writes to the disk together."""
@@ -68,12 +68,17 @@ TttArg = Annotated[
     typer.Option("--ttt-length", help="Eagle: draft steps unrolled in training; 7 by default."),
 ]
 LabelShiftArg = Annotated[
-    bool,
-    typer.Option("--label-shift", help="Masked diffusion: the row before predicts (Dream)."),
+    bool | None,
+    typer.Option(
+        "--label-shift/--no-label-shift",
+        help="Masked diffusion: the row before predicts (Dream); by default as the base.",
+    ),
 ]
 SpanAttentionArg = Annotated[
     str | None,
-    typer.Option(help="Block diffusion: clean rows are `causal`, or see their `full` span."),
+    typer.Option(
+        help="Block diffusion: clean rows are `causal`, or see their `full` span; by default as the base."
+    ),
 ]
 DocumentsArg = Annotated[
     str | None,
@@ -94,7 +99,7 @@ KeepModelsArg = Annotated[
 ]
 EvalPromptsArg = Annotated[int, typer.Option(help="Held-out prompts decoded at each evaluation.")]
 ResumeArg = Annotated[
-    bool, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
+    bool | None, typer.Option("--resume", help="Carry on from the last whole checkpoint in OUT.")
 ]
 AsJsonArg = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -117,7 +122,7 @@ def train(
     teacher: TeacherArg = None,
     draft_vocab_size: DraftVocabArg = None,
     ttt_length: TttArg = None,
-    label_shift: LabelShiftArg = False,
+    label_shift: LabelShiftArg = None,
     span_attention: SpanAttentionArg = None,
     documents: DocumentsArg = None,
     seq_len: SeqLenArg = None,
@@ -125,7 +130,7 @@ def train(
     eval_every: EvalEveryArg = None,
     eval_prompts: EvalPromptsArg = 8,
     keep_models: KeepModelsArg = None,
-    resume: ResumeArg = False,
+    resume: ResumeArg = None,
     as_json: AsJsonArg = False,
 ) -> None:
     """Convert a checkpoint to TiDAR with the joint loss, or train one from scratch.
@@ -136,7 +141,7 @@ def train(
     Any field of `transformers.TrainingArguments` is an option too: `--learning-rate 1e-5`, `--max-steps 1000`,
     `--per-device-train-batch-size 8`, `--gradient-checkpointing true`. Ctrl-C saves a checkpoint; the same
     command with `--resume` carries on. Every `--eval-every` steps the real decoder measures tokens per
-    forward on held-out prompts, beside the losses (`OUT/log.jsonl`, TensorBoard).
+    forward on held-out prompts (not for `ar`, where it is 1), beside the losses (`OUT/log.jsonl`, TensorBoard).
 
     Examples:
 
@@ -173,10 +178,11 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
 
     from tidar.cli.interval import methods_of
     from tidar.training.config import TrainConfig
+    from tidar.training.start import read_as_base
     from tidar.training.trainer import TrainingInterrupted
     from tidar.training.trainer import train as run
 
-    settings = TrainConfig.from_mapping(values)
+    settings = read_as_base(TrainConfig.from_mapping(values))
     try:
         result = run(settings, on_interval=_measurement(settings, eval_prompts))
     except TrainingInterrupted as stopped:
@@ -190,8 +196,6 @@ def _run(values: dict[str, Any], eval_prompts: int) -> dict[str, Any]:
         )
         raise typer.Exit(130) from None
     others = [name for name in methods_of(settings) if settings.objective != "tidar"]
-    if settings.objective == "eagle":  # the name holds the folder, so intervals cannot decode by it
-        others = [f"eagle:{result.model}:{settings.ttt_length}"]
     return {**asdict(result), "model": str(result.model), "methods": others}
 
 
@@ -217,7 +221,7 @@ def _own_options(context: typer.Context) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in given.items()
-        if value is not None and value is not False and value != ()  # 0 is a value
+        if value is not None and value != ()  # 0 and no are values
     }
 
 
@@ -285,7 +289,7 @@ def _sample_self_data(values: dict[str, Any], texts: int) -> None:
 
 def _measurement(
     config: "TrainConfig", prompts: int
-) -> "Callable[[Transformer, int], dict[str, float]] | None":
+) -> "Callable[[TrainingModel, int], dict[str, float]] | None":
     """What the trainer calls at intervals: tokens per forward of the real decoder on held-out prompts."""
     if not config.eval_every or not config.eval_data or prompts < 1:
         return None

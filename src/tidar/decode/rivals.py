@@ -5,6 +5,7 @@
 name leaves out is as the checkpoint was trained.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, get_args
 
@@ -12,6 +13,7 @@ from tidar.eagle_files import load_eagle_head
 from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.families import need_causal
+from tidar.hf_config import TidarMeta
 from tidar.layout import Schedule
 from tidar.methods import Method
 from tidar.methods.block_diffusion import BlockDiffusion, Quota, QuotaOrder
@@ -21,7 +23,7 @@ from tidar.methods.speculative import DraftModel, Speculative
 from tidar.methods.tree import Tree, chain, spread
 from tidar.model import ModelConfig, SpanAttention, Transformer
 from tidar.tokens import Tokenizer
-from tidar.weights import load_checkpoint
+from tidar.weights import Checkpoint, load_checkpoint
 
 FORMS = (
     "speculative:PATH:K, eagle:PATH:K (:tree for several guesses a position), block-diffusion:K:THRESHOLD such "
@@ -58,6 +60,7 @@ class Target:
             weight = self.model.embed.weight
             loaded = load_checkpoint(path, device=weight.device, dtype=weight.dtype)
             need_causal(loaded.config, f"A draft model ({path})")
+            warn_of_causal_reading(loaded)
             if self.tokenizer is not None and Tokenizer.is_in(loaded.folder):
                 check_same_tokens(self.tokenizer, Tokenizer.load(loaded.folder), path)
             elif loaded.config.vocab_size != self.model.config.vocab_size:
@@ -67,6 +70,16 @@ class Target:
                 )
             self.drafts[path] = loaded.model
         return self.drafts[path]
+
+
+def warn_of_causal_reading(checkpoint: Checkpoint) -> None:
+    """Warns where weights are about to be read causally that no causal loss has trained: those of block diffusion."""
+    if checkpoint.meta is not None and checkpoint.meta.objective == "block-diffusion":
+        warnings.warn(
+            f"{checkpoint.source} was trained for block diffusion, with no causal loss: read causally, as here, it "
+            f"may write poorly; its own method is {default_method(checkpoint.config, checkpoint.meta)}",
+            stacklevel=4,
+        )
 
 
 def check_same_tokens(target: Tokenizer, draft: Tokenizer, path: str) -> None:
@@ -187,12 +200,17 @@ def parse_rival(text: str) -> tuple[str, Schedule, Rival] | None:
     return parsers[name](text, rest) if name in parsers else None
 
 
-def default_method(config: ModelConfig) -> str:
-    """The method of a checkpoint trained with bidirectional attention, one pass a token.
+def default_method(config: ModelConfig, meta: TidarMeta | None) -> str:
+    """What decodes a checkpoint where no method is named: what it was trained for.
 
-    Spans of 32 from left to right as in LLaDA's generate.py; the whole text at once as in Dream's README.
+    With bidirectional attention one pass a token: spans of 32 from left to right as in LLaDA's generate.py; the
+    whole text at once as in Dream's README. Block diffusion at the longest trained K and Fast-dLLM's threshold.
     """
-    return "masked-diffusion:512:512" if config.label_shift else "masked-diffusion:32:32"
+    if config.attention == "bidirectional":
+        return "masked-diffusion:512:512" if config.label_shift else "masked-diffusion:32:32"
+    if meta is not None and meta.objective == "block-diffusion":
+        return f"block-diffusion:{max(meta.draft_lens)}:0.9"
+    return "ar" if meta is None else "tidar"
 
 
 def is_exact(method: str | None) -> bool:

@@ -36,6 +36,19 @@ def number(raw: RawConfig, key: str, default: float) -> float:
     return float(value)
 
 
+def optional_whole_number(raw: RawConfig, key: str) -> int | None:
+    """An entry that may be absent or null. Raises TidarError for anything else but a whole number."""
+    return None if raw.get(key) is None else whole_number(raw, key)
+
+
+def optional_number(raw: RawConfig, key: str) -> float | None:
+    """An entry that may be absent or null, as it is. Raises TidarError for anything else but a number."""
+    value = raw.get(key)
+    if value is not None and not is_number(value):
+        raise TidarError(f"config.json: {key} must be a number, got {value!r}")
+    return cast("float | None", value)
+
+
 def flag(raw: RawConfig, key: str, default: bool = False) -> bool:
     """An entry that is `default` where config.json is silent. Raises TidarError for anything but true or false."""
     value = raw.get(key, default)

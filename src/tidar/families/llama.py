@@ -14,6 +14,8 @@ from tidar.families.fields import (
     flag,
     is_number,
     number,
+    optional_number,
+    optional_whole_number,
     refuse_quantized,
     whole_number,
 )
@@ -132,8 +134,9 @@ def write(config: ModelConfig) -> Json:
 
 def _kv_heads(raw: RawConfig, model_type: str, heads: int) -> int:
     """Key/value heads: an explicit null means as many as heads, absence the family's default."""
-    value = raw.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(model_type))
-    return heads if value is None else int(value)
+    default = None if "num_key_value_heads" in raw else _DEFAULT_KV_HEADS.get(model_type)
+    given = optional_whole_number(raw, "num_key_value_heads")
+    return next((value for value in (given, default) if value is not None), heads)
 
 
 def _rope_from_hf(raw: RawConfig, max_positions: int) -> RopeConfig:
@@ -151,18 +154,23 @@ def _rope_from_hf(raw: RawConfig, max_positions: int) -> RopeConfig:
         raise TidarError(f"partial_rotary_factor {partial} is not supported; allowed: 1.0")
     if entry.get("mrope_section"):
         raise TidarError("multimodal RoPE (mrope_section) is not supported")
-    theta = entry.get("rope_theta", raw.get("rope_theta"))
-    values: Json = {"theta": 10000.0 if theta is None else float(theta), "kind": kind}
+    bases = (optional_number(each, "rope_theta") for each in (entry, raw))
+    theta = float(next((base for base in bases if base is not None), 10000.0))
+    values: Json = {"theta": theta, "kind": kind}
     if kind != "default":
         for key in _ROPE_REQUIRED[kind]:
             if not is_number(entry.get(key)):
                 raise TidarError(f"RoPE type {kind!r} needs a number {key}, got {entry.get(key)!r}")
         values.update(
-            {name: entry[key] for key, name in _ROPE_KEYS.items() if entry.get(key) is not None}
+            {
+                name: flag(entry, key) if key == "truncate" else optional_number(entry, key)
+                for key, name in _ROPE_KEYS.items()
+                if entry.get(key) is not None
+            }
         )
     if kind in ("yarn", "llama3"):
         # A top-level entry wins, and the context stands in for an absent one: as in transformers.
-        original = raw.get("original_max_position_embeddings")
+        original = optional_whole_number(raw, "original_max_position_embeddings")
         values["original_max_positions"] = (
             original or values.get("original_max_positions") or max_positions
         )
@@ -190,6 +198,13 @@ def _rope_to_hf(rope: RopeConfig) -> Json:
     return entry
 
 
+def _window(raw: RawConfig) -> int | None:
+    """Tokens that a layer with a window sees; None where null stands for it."""
+    if "sliding_window" not in raw:
+        return _DEFAULT_WINDOW
+    return optional_whole_number(raw, "sliding_window")
+
+
 def _refuse_sliding_window(
     raw: RawConfig, model_type: str, max_positions: int, layers: int
 ) -> None:
@@ -198,15 +213,15 @@ def _refuse_sliding_window(
     if model_type == "llama":
         return  # LlamaForCausalLM has no windows and ignores both entries
     if model_type == "mistral":
-        window = raw.get("sliding_window", _DEFAULT_WINDOW)
+        window = _window(raw)
         active = window is not None
     else:
-        window = (
-            raw.get("sliding_window", _DEFAULT_WINDOW) if flag(raw, "use_sliding_window") else None
-        )
+        window = _window(raw) if flag(raw, "use_sliding_window") else None
         if kinds is None:
-            active = window is not None and layers > int(raw.get("max_window_layers", 28))
+            active = window is not None and layers > whole_number(raw, "max_window_layers", 28)
         else:
+            if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+                raise TidarError(f"config.json: layer_types must be a list of texts, got {kinds!r}")
             if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
                 raise TidarError(f"layer_types {', '.join(other)} are not supported")
             active = "sliding_attention" in kinds

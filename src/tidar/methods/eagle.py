@@ -258,11 +258,10 @@ class Eagle:
     def _run(self, writing: Sequence[Guess], nodes: list[int]) -> None:
         """The outputs of these nodes. Those of earlier levels run again: that costs less than keeping them apart."""
         depths = tuple(self.tree.depths[node] - 1 for node in nodes)
-        parent = {child: p for p, group in enumerate(self.tree.children) for child in group}
         rows = {
             guess.pending.request_id: Pairs(
                 tuple(guess.tokens.get(node, 0) for node in nodes),
-                torch.cat([guess.outputs[parent[node]] for node in nodes]),
+                torch.cat([guess.outputs[self.tree.parents[node]] for node in nodes]),
                 depths,
             )
             for guess in writing

@@ -22,9 +22,9 @@ Path = tuple[int, ...]
 class Tree:
     """The topology. Nodes are ordered by depth, then by rank, so that a shallower tree is a slice.
 
-    paths: one for each node, but for the root's, which is empty. depths: of each node. children: of each
-    node, best rank first. visible: bool `[N, N]`, whether a node's row (first index) sees another's.
-    Raises TidarError for paths that make no tree.
+    paths: one for each node, but for the root's, which is empty. depths, parents: of each node (the root
+    counts as its own parent). children: of each node, best rank first. visible: bool `[N, N]`, whether a
+    node's row (first index) sees another's. Raises TidarError for paths that make no tree.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -42,10 +42,10 @@ class Tree:
                 )
         self.depths = tuple(map(len, self.paths))
         self.depth = self.depths[-1]
+        self.parents = (0, *(index[path[:-1]] for path in given))
         kin: list[list[int]] = [[] for _ in self.paths]
         self.visible = torch.eye(len(self.paths), dtype=torch.bool)
-        for node, path in enumerate(given, start=1):
-            parent = index[path[:-1]]
+        for node, parent in enumerate(self.parents[1:], start=1):
             kin[parent].append(node)
             self.visible[node] |= self.visible[parent]
         self.children = tuple(map(tuple, kin))

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from tidar.model import SpanAttention
 from tidar.training.objective import Objective
 from tidar.training.objectives import OBJECTIVES, ObjectiveName
 from tidar.training.sources import Source
-from tidar.training.spans import Anchors, Documents
+from tidar.training.spans import Anchors, Documents, SpanObjective
 
 # Set by us from other fields; giving them as well would leave two truths.
 _TAKEN: Final = {
@@ -55,7 +54,8 @@ class TrainConfig:
     what to learn; held-out data by name. seq_len: clean tokens per sequence. A multiple of 128 on a
     GPU. compile, attention: "auto" is compiled FlexAttention on a GPU and plain dense attention on
     a CPU. objective: what to learn; alpha to documents are options of objectives, each of which takes
-    those of its fields (`tidar.training.objectives`). min_lr_ratio: final over highest learning rate
+    those of its fields (`tidar.training.objectives`). label_shift, span_attention: None is as the base
+    is read, or the objective's default (`read_as_base`). min_lr_ratio: final over highest learning rate
     of the default schedule (cosine after a warm-up). eval_every: steps between held-out losses and
     calls of `on_interval`; 0 is never. eval_sequences: sequences of each held-out set that are used.
     keep_models: steps after which the model alone is kept as well, in `OUT/model-STEP`. save_dtype: of
@@ -83,8 +83,8 @@ class TrainConfig:
     teacher: Literal["causal", "base"] = "causal"
     draft_vocab_size: int = 0
     ttt_length: int = 7
-    label_shift: bool = False
-    span_attention: SpanAttention = "causal"
+    label_shift: bool | None = None
+    span_attention: SpanAttention | None = None
     documents: Documents = "apart"
     head_chunk: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -101,10 +101,13 @@ class TrainConfig:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(TrainConfig).items():
-            if typing.get_origin(kind) is Literal and getattr(self, name) not in kind.__args__:
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            kind, value = _kind(hint), getattr(self, name)
+            if value is None or typing.get_origin(kind) is not Literal:
+                continue
+            if value not in kind.__args__:
                 allowed = ", ".join(map(str, kind.__args__))
-                raise TidarError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}.")
+                raise TidarError(f"{name} is {value!r}; it must be one of {allowed}.")
         if self.base is None and (self.arch is None or self.tokenizer is None):
             raise TidarError(
                 "nothing to train: give base (a checkpoint), or arch and tokenizer (from scratch)."
@@ -128,7 +131,7 @@ class TrainConfig:
                 "optimizer muon, or optim with optimizer adamw."
             )
         self.objective_with(seed=0)
-        spans = self.objective in ("tidar", "block-diffusion")
+        spans = issubclass(OBJECTIVES[self.objective], SpanObjective)
         if spans and max(self.draft_lens) > self.seq_len:
             raise TidarError(
                 f"draft_lens has {max(self.draft_lens)}, which does not fit seq_len {self.seq_len}; "
@@ -148,10 +151,11 @@ class TrainConfig:
 
     def objective_with(self, seed: int) -> Objective:
         """The objective of this run. Raises TidarError for impossible values."""
-        kind = OBJECTIVES[self.objective]
-        names = {option.name for option in dataclasses.fields(kind)} - {"seed"}
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return kind(seed=seed, **options)
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in objective_options(self.objective)
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return OBJECTIVES[self.objective](seed=seed, **chosen)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
@@ -159,7 +163,7 @@ class TrainConfig:
 
         `data` is one source or a list of them, `eval_data` a mapping or a list of `name=path`.
         Texts are converted to the field's type. Raises TidarError for an unknown key, with the
-        nearest one.
+        nearest one, and for an option that another objective has and this one lacks.
         """
         own: dict[str, Any] = {}
         arguments: dict[str, Any] = dict(values.get("arguments") or {})
@@ -176,7 +180,10 @@ class TrainConfig:
         for needed in ("out", "data"):
             if needed not in own:
                 raise TidarError(f"the configuration lacks {needed!r}.")
-        return cls(**own, arguments=arguments)
+        config = cls(**own, arguments=arguments)
+        for name in own:
+            _check_option(name, config.objective)
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the record of a run."""
@@ -185,6 +192,21 @@ class TrainConfig:
         values["eval_data"] = {name: source.name for name, source in self.eval_data}
         values["arguments"] = dict(self.arguments)
         return typing.cast("dict[str, Any]", json.loads(json.dumps(values, default=str)))
+
+
+def objective_options(objective: ObjectiveName) -> set[str]:
+    """Names of the fields of `TrainConfig` that this objective takes."""
+    return {option.name for option in dataclasses.fields(OBJECTIVES[objective])} - {"seed"}
+
+
+def _check_option(name: str, objective: ObjectiveName) -> None:
+    """Raises TidarError for an option of other objectives."""
+    others = [other for other in OBJECTIVES if name in objective_options(other)]
+    if others and objective not in others:
+        raise TidarError(
+            f"{name} is no option of objective {objective!r}; leave it out, or train for one that has it: "
+            f"{', '.join(others)}."
+        )
 
 
 @cache
@@ -240,8 +262,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             return tuple(int(item) for item in ([numbers] if isinstance(numbers, int) else numbers))
         except (TypeError, ValueError):
             raise TidarError(f"{name} is {value!r}; give numbers such as 8,16.") from None
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in kind.__args__ if k is not type(None))
+    kind = _kind(kind)
     try:
         if kind is bool:
             return value if isinstance(value, bool) else _BOOLS[str(value).lower()]
@@ -250,6 +271,12 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         return kind(value) if kind in (int, float, str, Path) else value
     except (TypeError, ValueError, KeyError):
         raise TidarError(f"{name} is {value!r}; it must be {kind.__name__}.") from None
+
+
+def _kind(hint: Any) -> Any:
+    """The type of a field, without the None that it may be."""
+    parts = typing.get_args(hint)
+    return next(k for k in parts if k is not type(None)) if type(None) in parts else hint
 
 
 _BOOLS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from tidar.model import Transformer
 from tidar.training.data import Batch, TokenData
 from tidar.training.loop import ObjectiveTrainer
+from tidar.training.objective import TrainingModel
 
-OnInterval = Callable[[Transformer, int], Mapping[str, float]]
-"""`on_interval(net, step)`: measurements for the log, with the network in evaluation mode."""
+OnInterval = Callable[[TrainingModel, int], Mapping[str, float]]
+"""`on_interval(learner, step)`: measurements for the log, with its network uncompiled and in evaluation mode."""
 
 
 def evaluate(
@@ -28,11 +28,12 @@ def evaluate(
             logs.update(_losses(trainer, name, data))
         if on_interval is not None:
             if trainer.is_world_process_zero():
-                with trainer.learner.plain() as net:
+                learner = trainer.learner
+                with learner.plain() as net:
                     was_training = net.training
                     net.eval()
                     try:
-                        logs.update({k: float(v) for k, v in on_interval(net, step).items()})
+                        logs.update({k: float(v) for k, v in on_interval(learner, step).items()})
                     finally:
                         net.train(was_training)
             trainer.accelerator.wait_for_everyone()
@@ -49,17 +50,14 @@ def _losses(trainer: ObjectiveTrainer, name: str, data: TokenData) -> dict[str, 
     size = args.per_device_train_batch_size
     count = min(len(data), trainer.config.eval_sequences)
     learner = trainer.learner
-    total = torch.zeros(len(learner.losses) + 2, device=args.device)
+    total = torch.zeros(learner.stats_size, device=args.device)
     for begin in range(args.process_index * size, count, args.world_size * size):
         batch = _padded_batch(data, begin, min(begin + size, count), size)
         inputs = {key: value.to(args.device) for key, value in batch.items()}
         with learner.hard_labels():
             total += learner(**inputs)["stats"]
-    *sums, items, _ = trainer.accelerator.reduce(total).tolist()
-    return {
-        f"eval/{name}/{loss}": value / max(items, 1.0)
-        for loss, value in zip(learner.losses, sums, strict=True)
-    }
+    means = learner.means(trainer.accelerator.reduce(total))
+    return {f"eval/{name}/{loss}": value for loss, value in means.items()}
 
 
 def _padded_batch(data: TokenData, begin: int, end: int, size: int) -> Batch:

@@ -229,10 +229,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Losses and speed since the last log row."""
         row: dict[str, float] = {}
         if self._stats is not None:
-            *sums, items, visible = self.accelerator.reduce(self._stats).tolist()
-            for name, value in zip(self.learner.losses, sums, strict=True):
-                row[name] = value / max(items, 1.0)
-            self._visible_per_step = visible / max(self._stats_steps, 1)
+            stats = self.accelerator.reduce(self._stats)
+            row.update(self.learner.means(stats))
+            self._visible_per_step = stats[-1].item() / max(self._stats_steps, 1)
             self._stats, self._stats_steps = None, 0
         row["clean_tokens"] = float(self.state.global_step * self.tokens_per_step)
         durations = self.times.durations[self._logged :]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidar.attention import Attend, dense_attend
+from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
 from tidar.hf_config import TidarMeta
 from tidar.layout import Rows, dense
@@ -68,12 +69,14 @@ class Sums:
 
     total: the loss summed over labels, with gradient. losses: what is logged, one for each name in
     `TrainingModel.losses`, summed too. labels: how many there are. visible: keys that all rows see.
+    counted: rows that each of `losses` sums over, where these are not the labels.
     """
 
     total: Tensor
     losses: tuple[Tensor, ...]
     labels: Tensor
     visible: Tensor
+    counted: tuple[Tensor, ...] = ()
 
 
 class TrainingModel(nn.Module, ABC):
@@ -88,6 +91,8 @@ class TrainingModel(nn.Module, ABC):
 
     losses: ClassVar[tuple[str, ...]]
     """Names of what is logged, such as `mask_loss`; nats per label."""
+    own_rows: ClassVar[bool] = False
+    """Whether each of `losses` counts rows of its own, and is a mean over those."""
     rows_per_token: ClassVar[int] = 1
     """Rows of a pass for each clean token, for the count of operations."""
 
@@ -123,16 +128,37 @@ class TrainingModel(nn.Module, ABC):
         """The loss of a batch, all inputs int64 `[B, L]` or (`index`, `epoch`) `[B]`.
 
         Returns `loss` (a share of the mean over `num_items_in_batch`, with gradient) and `stats`,
-        float32: the sums that `losses` names, then the labels, then the visible keys of all rows.
-        `labels` only serves Trainer's counting; without a count this batch is the whole.
+        float32: the sums that `losses` names, the rows of each (with `own_rows`), then the labels, then
+        the visible keys of all rows; `means` reads sums of it. `labels` only serves Trainer's counting;
+        without a count this batch is the whole.
         """
         batch = {"input_ids": input_ids, "document": document, "index": index, "epoch": epoch}
         sums = self.sums(batch)
         items = sums.labels if num_items_in_batch is None else num_items_in_batch
-        stats = [*sums.losses, sums.labels, sums.visible]
+        stats = [*sums.losses, *sums.counted, sums.labels, sums.visible]
         return {
             "loss": sums.total / items,
             "stats": torch.stack([value.detach().float() for value in stats]),
+        }
+
+    @property
+    def draft_head(self) -> EagleHead | None:
+        """The head that is trained to draft for the network; None where there is none."""
+        return None
+
+    @property
+    def stats_size(self) -> int:
+        """Numbers in the `stats` of a forward pass."""
+        return len(self.losses) * (1 + self.own_rows) + 2
+
+    def means(self, stats: Tensor) -> dict[str, float]:
+        """What is logged, by the names of `losses`, from the sum of the `stats` of some passes."""
+        *found, labels, _ = stats.tolist()
+        sums, counted = found[: len(self.losses)], found[len(self.losses) :]
+        each = counted if self.own_rows else [labels] * len(sums)
+        return {
+            name: total / max(count, 1.0)
+            for name, total, count in zip(self.losses, sums, each, strict=True)
         }
 
     def attend(self, rows: Rows) -> Attend:

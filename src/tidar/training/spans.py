@@ -1,4 +1,4 @@
-"""What a training pass takes as one text, which K a sequence draws, and where its spans begin."""
+"""What a training pass takes as one text, which K a sequence draws, where its spans begin; the options of that."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +9,7 @@ from torch import Tensor
 from tidar.errors import TidarError
 from tidar.layout import Rows, training_rows
 from tidar.sampling import uniform
+from tidar.training.objective import Objective
 
 Anchors = Literal["grid", "random"]
 Documents = Literal["apart", "joined"]
@@ -64,3 +65,20 @@ class SpanGrid:
         return rows.anchor.sum() + rows.is_mask.sum() * (
             sum(self.draft_lens) / len(self.draft_lens)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanObjective(Objective):
+    """An objective whose mask rows stand in spans. draft_lens, anchors: see `SpanGrid`."""
+
+    draft_lens: tuple[int, ...] = (16,)
+    anchors: Anchors = "grid"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SpanGrid(self.draft_lens, self.anchors, self.seed)
+
+    @property
+    def grid(self) -> SpanGrid:
+        """Where the spans of a sequence are."""
+        return SpanGrid(self.draft_lens, self.anchors, self.seed)

@@ -1,7 +1,7 @@
 """What a run starts from: a checkpoint or random weights, a tokenizer, and the mask token."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +10,15 @@ import torch
 from tidar.errors import TidarError
 from tidar.families import FAMILIES, find_family, need_causal
 from tidar.families.fields import Json
-from tidar.hf_config import TidarMeta, config_from_hf, config_to_hf
+from tidar.hf_config import (
+    TidarMeta,
+    config_from_hf,
+    config_to_hf,
+    find_folder,
+    read_config,
+    read_json,
+    token_ids,
+)
 from tidar.mask_token import prepare_mask_token
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
@@ -26,7 +34,8 @@ if TYPE_CHECKING:
 class Start:
     """A model and what belongs to it, before training.
 
-    meta: the `"tidar"` entry that its checkpoint will have; None for a plain autoregressive one.
+    meta: the `"tidar"` entry that its checkpoint will have; None for a plain autoregressive one, and for a
+    head, which has none.
     """
 
     net: Transformer
@@ -35,6 +44,22 @@ class Start:
     tokenizer_folder: Path
     meta: TidarMeta | None
     save_dtype: torch.dtype
+
+
+def read_as_base(config: "TrainConfig") -> "TrainConfig":
+    """The configuration with label_shift and span_attention settled: those of the base, where they were not given.
+
+    Raises TidarError for a base whose config.json cannot be read, and for one read in a way that the other
+    options do not allow.
+    """
+    if config.base is None:
+        return config
+    folder = find_folder(config.base)
+    base, _ = read_config(read_json(folder / "config.json"), {})
+    shift = base.label_shift if config.label_shift is None else config.label_shift
+    return replace(
+        config, label_shift=shift, span_attention=config.span_attention or base.span_attention
+    )
 
 
 def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Start:
@@ -46,14 +71,14 @@ def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Star
         loaded = load_checkpoint(config.base, dtype=torch.float32)
         _check_base(loaded, config.objective)
         net, raw, folder = loaded.model, loaded.raw_config, loaded.folder
-        generation, meta = loaded.generation_config, loaded.meta
+        generation = loaded.generation_config
         named = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
         dtype = torch.bfloat16 if named.endswith("bfloat16") else torch.float32
     else:
         assert config.arch is not None
         assert config.tokenizer is not None
         net = init_model(config_from_hf(read_arch(config.arch)), seed)
-        folder, generation, meta = config.tokenizer.expanduser(), None, None
+        folder, generation = config.tokenizer.expanduser(), None
         raw = config_to_hf(net.config)
         raw["eos_token_id"] = end_of_text(Tokenizer.load(folder), config.end_token, folder)
         dtype = torch.float32
@@ -61,13 +86,26 @@ def make_start(config: "TrainConfig", objective: "Objective", seed: int) -> Star
         folder = config.tokenizer.expanduser()
     if config.save_dtype != "auto":
         dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
+    meta = None
     if objective.needs_mask:
         meta = objective.meta(prepare_mask_token(net, raw, Tokenizer.load(folder)))
-    elif meta is not None and meta.objective != "tidar":
-        meta = None  # it was trained to be read in another way; now it is a plain causal model
     if meta is not None:
         net.config = meta.read_by(net.config)
+    else:
+        net.config = replace(net.config, span_attention="causal")
+        if config.objective == "ar":  # no mask row is trained any more: every row of it is a token
+            generation = _without_mask(generation, net.config.mask_token_id)
+            net.set_mask_token(None)
     return Start(net, raw, generation, folder, meta, dtype)
+
+
+def _without_mask(generation: Json | None, mask_token_id: int | None) -> Json | None:
+    """generation_config.json of a base, without the mask token among what it suppresses."""
+    if generation is None or "suppress_tokens" not in generation:
+        return generation
+    kept = [token for token in token_ids(generation["suppress_tokens"]) if token != mask_token_id]
+    rest = {key: value for key, value in generation.items() if key != "suppress_tokens"}
+    return rest | ({"suppress_tokens": kept} if kept else {})
 
 
 def _check_base(base: Checkpoint, objective: str) -> None:

@@ -33,7 +33,7 @@ from tidar.training.loop import (
 )
 from tidar.training.objective import Attention, Objective, TrainingModel
 from tidar.training.sources import Source
-from tidar.training.start import Start, make_encoding, make_start
+from tidar.training.start import Start, make_encoding, make_start, read_as_base
 
 WARM_UP_STEPS = 10
 """Steps left out of the reported throughput: compilation and first allocations."""
@@ -63,8 +63,8 @@ class TrainResult:
 def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> TrainResult:
     """Run the training that `config` describes, from the start or from where it was stopped.
 
-    on_interval: called every `eval_every` steps (by the first process), with the uncompiled float32
-    network in evaluation mode; neither it nor the held-out losses change the training.
+    on_interval: called every `eval_every` steps (by the first process), with what is trained, its network
+    uncompiled, float32 and in evaluation mode; neither it nor the held-out losses change the training.
 
     Raises TidarError for what the user can mend, TrainingInterrupted after Ctrl-C or SIGTERM.
     """
@@ -72,6 +72,7 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     arguments = make_arguments(config, out)
     checkpoint = start_point(out, resume=config.resume) if arguments.process_index == 0 else None
     checkpoint = _agreed(checkpoint, arguments)
+    config = read_as_base(config)
     objective = config.objective_with(arguments.seed)
     start = make_start(config, objective, arguments.seed)
     data, held_out = _make_data(config, start, arguments)

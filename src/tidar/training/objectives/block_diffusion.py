@@ -26,37 +26,29 @@ from tidar.hf_config import TidarMeta
 from tidar.layout import IGNORE, Rows, training_labels, training_rows
 from tidar.model import SpanAttention, Transformer
 from tidar.training.noise import hide, linear_shares
-from tidar.training.objective import Attention, Objective, Sums, TrainingModel
-from tidar.training.spans import Anchors, Documents, SpanGrid, texts_of
+from tidar.training.objective import Attention, Sums, TrainingModel
+from tidar.training.spans import Documents, SpanObjective, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDiffusionObjective(Objective):
-    """The options.
+class BlockDiffusionObjective(SpanObjective):
+    """The options beside those of spans.
 
-    draft_lens, anchors: see `SpanGrid`. documents: see `texts_of`.
+    documents: see `texts_of`.
     span_attention: what clean rows see, those before them ("causal") or all of their own span as
         well ("full"; spans then lie on the grid, where decoding looks for them).
     """
 
-    draft_lens: tuple[int, ...] = (16,)
-    anchors: Anchors = "grid"
     span_attention: SpanAttention = "causal"
     documents: Documents = "apart"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        SpanGrid(self.draft_lens, self.anchors, self.seed)
         if self.span_attention == "full" and self.anchors == "random":
             raise TidarError(
                 "span_attention 'full' needs anchors 'grid', got 'random': decoding lays such spans on a "
                 "grid from the text's start."
             )
-
-    @property
-    def grid(self) -> SpanGrid:
-        """Where the spans of a sequence are."""
-        return SpanGrid(self.draft_lens, self.anchors, self.seed)
 
     def meta(self, mask_token_id: int) -> TidarMeta:
         """See `Objective`."""

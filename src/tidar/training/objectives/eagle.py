@@ -101,7 +101,8 @@ class EagleModel(TrainingModel):
     losses: ClassVar[tuple[str, ...]] = (
         "first_draft_loss", "last_draft_loss", "first_draft_accuracy", "last_draft_accuracy",
     )  # fmt: skip
-    """Of the first and the last step, by the labels of the sequences; accuracy: the model's likeliest token."""
+    """Of the first and the last step, over the rows that count in it; accuracy: the model's likeliest token."""
+    own_rows: ClassVar[bool] = True
 
     def __init__(
         self, net: Transformer, objective: EagleObjective, attention: Attention, fast: bool
@@ -113,6 +114,11 @@ class EagleModel(TrainingModel):
         self.objective = objective
         size = objective.draft_vocab_size or min(PUBLISHED_VOCAB, config.vocab_size)
         self.head = EagleHead(EagleConfig.for_model(config, size))
+
+    @property
+    def draft_head(self) -> EagleHead:
+        """See `TrainingModel`."""
+        return self.head
 
     def prepare(self, data: TokenData) -> None:
         """See `TrainingModel`. Picks the draft vocabulary, of two equally frequent tokens the lower id."""
@@ -127,21 +133,27 @@ class EagleModel(TrainingModel):
         ids, document = batch["input_ids"], batch["document"]
         labels, _ = training_labels(ids, document)
         rows = document_rows(document)
-        hidden, features = self._read(ids, rows)
-        found = []
-        for step, outputs in enumerate(self.unrolled(ids, rows, features), start=1):
-            # The model's row `step` further on says what stands behind the token that this row has read.
-            teacher = F.pad(hidden[:, step:], (0, 0, 0, step))
-            labelled = F.pad(labels[:, step:] != IGNORE, (0, step))
-            inside = F.pad(document[:, step:], (0, step), value=-1) == document
-            found.append(self._step_sums(outputs, teacher, labelled & inside))
-        total = torch.stack([DECAY**step * loss for step, (loss, _) in enumerate(found)]).sum()
-        (first, right), (last, last_right) = found[0], found[-1]
+        hidden, tapped = self._read(ids, rows)
+        # Row i of step t predicts what the model's row i + t does, so it is moved to that row here.
+        outputs = torch.stack(
+            [
+                F.pad(each, (0, 0, step, 0))[:, : ids.shape[1]]
+                for step, each in enumerate(self.unrolled(ids, rows, tapped), start=1)
+            ]
+        )
+        before = [
+            F.pad(document, (step, 0), value=-1)[:, : ids.shape[1]]
+            for step in range(1, len(outputs) + 1)
+        ]
+        keep = (torch.stack(before) == document) & (labels != IGNORE)
+        loss, right, counted = self._step_sums(outputs, hidden, keep)
+        weights = DECAY ** torch.arange(len(loss), device=loss.device)
         return Sums(
-            total,
-            (first, last, right, last_right),
+            (weights * loss).sum(),
+            (loss[0], loss[-1], right[0], right[-1]),
             (labels != IGNORE).sum(),
             rows.anchor.sum(),
+            (counted[0], counted[-1]) * 2,
         )
 
     @torch.no_grad()
@@ -166,42 +178,55 @@ class EagleModel(TrainingModel):
             features = self.head(embed(token), features, rows.position + step, attend)
             yield features
 
-    def _step_sums(self, outputs: Tensor, teacher: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and right guesses of one step, summed over the rows to `keep`, a chunk of logits at a time."""
-        flat, guide, kept = outputs.flatten(0, 1), teacher.flatten(0, 1), keep.flatten()
-        size = self._head_chunk or even_chunk(len(kept), self.net.config.vocab_size)
-        loss = right = flat.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(kept), size):
+    def _step_sums(
+        self, outputs: Tensor, hidden: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of T steps the loss, the right guesses and the rows that count: float32 `[T]`.
+
+        outputs: `[T, B, L, hidden_size]`, hidden: the model's, `[B, L, hidden_size]`, keep: `[T, B, L]`. Logits
+        are made for a chunk of rows at a time, the model's once for all steps.
+        """
+        drawn, guide, kept = outputs.flatten(1, 2), hidden.flatten(0, 1), keep.flatten(1, 2)
+        width = self.net.config.vocab_size + len(drawn) * self.head.draft_vocab_size
+        size = self._head_chunk or even_chunk(len(guide), width)
+        total = drawn.new_zeros(3, len(drawn), dtype=torch.float32)
+        for start in range(0, len(guide), size):
             part = slice(start, start + size)
-            each: tuple[Tensor, Tensor] = checkpoint(
+            total = total + checkpoint(
                 self._rows_sums,
-                flat[part],
+                drawn[:, part],
                 guide[part],
-                kept[part],
+                kept[:, part],
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            loss, right = loss + each[0], right + each[1]
-        return loss, right
+        loss, right, counted = total
+        return loss, right, counted
 
-    def _rows_sums(self, outputs: Tensor, teacher: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """`_step_sums` of some rows: outputs and teacher `[R, hidden_size]`, keep `[R]`."""
+    def _rows_sums(self, outputs: Tensor, hidden: Tensor, keep: Tensor) -> Tensor:
+        """`_step_sums` of R rows, `[3, T]`: outputs `[T, R, hidden_size]`, hidden `[R, hidden_size]`, keep `[T, R]`."""
         with torch.no_grad():
-            full = self.net.logits(teacher).float()
+            full = self.net.logits(hidden).float()
             counted = keep & self.head.t2d[full.argmax(dim=-1)]
             target = full[:, self.head.target_ids].softmax(dim=-1)
         log_probs = self.head.draft_logits(outputs).float().log_softmax(dim=-1)
         loss = -(target * log_probs).sum(dim=-1)
         right = counted & (log_probs.argmax(dim=-1) == target.argmax(dim=-1))
-        return torch.where(counted, loss, 0.0).sum(), right.sum().float()
+        sums = torch.where(counted, loss, 0.0), right.float(), counted.float()
+        return torch.stack([each.sum(dim=-1) for each in sums])
 
     def flops(self, tokens: float, visible: float) -> float:
-        """See `TrainingModel`: the model forward, and each step of the head forward and backward."""
-        matrices = sum(p.numel() for p in self.head.parameters() if p.dim() == 2)
-        sizes, seen = self.head.config, visible / max(tokens, 1.0)
-        row = 2.0 * matrices + 4.0 * sizes.num_heads * sizes.head_dim * seen
-        unrolled = 3.0 * self.objective.ttt_length * row
-        return tokens * (flops_per_row(self.net.config, seen) + unrolled)
+        """See `TrainingModel`: the model forward, and each step of the head forward and backward.
+
+        Features are fused once. A row of step t sees t - 1 simulated keys beside the true ones.
+        """
+        head, steps, seen = self.head, self.objective.ttt_length, visible / max(tokens, 1.0)
+        matrices = sum(p.numel() for p in head.parameters() if p.dim() == 2)
+        keys = steps * seen + steps * (steps - 1) / 2
+        attention = 4.0 * head.config.num_heads * head.config.head_dim * keys
+        once = head.fc.weight.numel()
+        unrolled = 2.0 * once + 2.0 * steps * (matrices - once) + attention
+        return tokens * (flops_per_row(self.net.config, seen) + 3.0 * unrolled)
 
     def save(self, folder: Path, start: Start) -> None:
         """See `TrainingModel`: the head alone, in the published format."""

@@ -21,15 +21,15 @@ from tidar.hf_config import TidarMeta
 from tidar.layout import IGNORE, Rows, training_labels
 from tidar.model import Transformer
 from tidar.training.noise import SMALLEST_SHARE, draw_shares, hide
-from tidar.training.objective import Attention, Objective, Sums, TrainingModel
-from tidar.training.spans import Anchors, SpanGrid
+from tidar.training.objective import Attention, Sums, TrainingModel
+from tidar.training.spans import SpanObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class TidarObjective(Objective):
-    """What to learn, and how mask rows are laid out.
+class TidarObjective(SpanObjective):
+    """What to learn; how mask rows are laid out is `SpanObjective`'s.
 
-    alpha: weight of the causal loss. draft_lens, anchors: see `SpanGrid`.
+    alpha: weight of the causal loss.
     masking: "full", or "random" (each span masks a share t ~ U(0, 1] of its rows, at least
         0.001, weighted 1 / t; the others hold their token; visibility stays).
     soft_labels: share of the loss taken against the teacher's distribution instead of the token;
@@ -40,9 +40,7 @@ class TidarObjective(Objective):
     """
 
     alpha: float = 1.0
-    draft_lens: tuple[int, ...] = (16,)
     masking: Literal["full", "random"] = "full"
-    anchors: Anchors = "grid"
     soft_labels: float = 0.0
     teacher: Literal["causal", "base"] = "causal"
 
@@ -62,12 +60,6 @@ class TidarObjective(Objective):
             raise TidarError(
                 "teacher 'base' without soft_labels teaches nothing; set soft_labels, 1 for example."
             )
-        SpanGrid(self.draft_lens, self.anchors, self.seed)
-
-    @property
-    def grid(self) -> SpanGrid:
-        """Where the spans of a sequence are."""
-        return SpanGrid(self.draft_lens, self.anchors, self.seed)
 
     def meta(self, mask_token_id: int) -> TidarMeta:
         """See `Objective`."""
