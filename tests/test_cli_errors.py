@@ -297,17 +297,20 @@ def test_full_disk_at_a_checkpoint(home: Path, tmp_path: Path) -> None:
 
 def test_full_disk_at_the_log(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    given = [*scratch_options(home, out), "--save-strategy", "no"]
-    tidar(*scratch_options(home, tmp_path / "warm"))  # the tokens are in the cache
-    with small_files(1200):
+    long = ("--max-steps", "12", "--save-strategy", "no")
+    given, warm = [*scratch_options(home, out), *long], tmp_path / "warm"
+    tidar(*scratch_options(home, warm), *long)  # the tokens are in the cache
+    whole, other = ((warm / name).stat().st_size for name in ("log.jsonl", "run.json"))
+    assert whole > other + 200, "the log is what must not fit"
+    with small_files(whole - 100):
         says(refused(*given), out, "could not be written")
     half = (out / "log.jsonl").read_text()
     assert half
-    assert len(half) <= 1200
-    shutil.rmtree(tmp_path / "warm")
+    assert len(half) <= whole - 100
+    shutil.rmtree(warm)
     tidar(*given, "--resume")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == list(range(1, 13))
 
 
 def test_full_disk_while_tokenising(home: Path, tmp_path: Path) -> None:
