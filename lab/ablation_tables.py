@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lab.command import exit_code
 from tidar.bench.plot import new_figure, save_figure
 from tidar.bench.record import read_record
 from tidar.errors import TidarError
@@ -326,12 +327,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print(f"usage: {(__doc__ or '').splitlines()[2].strip()}", file=sys.stderr)
         return 2
-    try:
-        write(Path(arguments[0]), Path(arguments[1]))
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: write(Path(arguments[0]), Path(arguments[1])))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from lab import ablation_tables, run
 from lab.ablation_measure import ablation_record
 from lab.ablation_plan import VARIANT, VARIANTS, Ablation, ablations
+from lab.command import exit_code
 from lab.jobs import Job, run_jobs, visible_gpus
 from lab.plan import FULL, SMOKE, Scale
 from tidar.bench.record import write_record
@@ -111,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser(known).parse_args(arguments)
     scale = SMOKE if options.smoke else FULL
     out: Path = options.out.expanduser().resolve()
-    try:
+
+    def work() -> int:
         if options.part:
             for name in options.names:
                 run_part(name, out, scale)
@@ -124,12 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         check_run(out, smoke=options.smoke)
         return _run(parts_of(names, known), out, scale, options)
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    return exit_code(work)
 
 
 def _run(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from lab import ROOT, bundled_tables, table
+from lab.command import exit_code
 from lab.page import Section, Shelf, draw_all, render
 from tidar.errors import TidarError
 
@@ -64,12 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="what is written")
     options = parser.parse_args(arguments)
     folders: list[Path] = options.records or standard_folders()
-    try:
-        write([folder.resolve() for folder in folders], options.page.resolve())
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        lambda: write([folder.resolve() for folder in folders], options.page.resolve())
+    )
 
 
 if __name__ == "__main__":

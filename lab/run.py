@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 
 from lab import ROOT, corpus, measure, table
+from lab.command import exit_code
 from lab.jobs import Job, run_jobs, visible_gpus
 from lab.plan import COMMON, FULL, SMOKE, STAGES, WEIGHTS, Scale, arch_file
 from tidar.bench.record import write_record
@@ -220,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     packages = options.packages or [Path(folder) for folder in site.getsitepackages()]
     texts = corpus.Texts(shared=options.shared, packages=tuple(packages), prose=prose)
     names = options.stages or ORDER
-    try:
+
+    def work() -> int:
         for name in names:
             if name not in predecessors():
                 raise TidarError(f"stage {name!r} is not known; allowed: {', '.join(ORDER)}")
@@ -229,12 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         jobs = stage_jobs(names, child_options(options, out))
         return report_failures(run_jobs(jobs, visible_gpus(options.gpus), out))
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

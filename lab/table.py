@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from lab.command import exit_code
 from lab.contenders import CONTENDERS, SCHEDULES
 from lab.figures import Point, draw_trade_off
 from lab.measure import TEMPERATURES, TIMED
@@ -329,12 +330,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print(f"usage: {(__doc__ or '').splitlines()[2].strip()}", file=sys.stderr)
         return 2
-    try:
-        write(Path(arguments[0]), Path(arguments[1]))
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: write(Path(arguments[0]), Path(arguments[1])))
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ class FakeEngine:
         ids = [*chunks, *work.decodes, *work.preempted]
         assert len(set(ids)) == len(ids)
         assert len(self.admitted) <= limits.max_running
-        assert self.scheduler.num_running == len(self.admitted)
-        assert self.scheduler.num_waiting == len(self.texts) - len(self.admitted)
+        assert len(self.scheduler._admitted) == len(self.admitted)
+        assert len(self.scheduler._waiting) == len(self.texts) - len(self.admitted)
         assert sum(chunk.end - chunk.start for chunk in work.chunks) <= limits.chunk_tokens
         # First come, first served: those that run are the oldest ones, and nobody is left out.
         order = list(self.texts)
@@ -327,7 +327,7 @@ def test_a_preempted_request_goes_on_from_what_it_has_emitted() -> None:
     assert (work.decodes, work.preempted) == ((1,), (2,))
     assert scheduler.advanced(2, (50, 60), 61)
     assert scheduler.next().preempted == ()
-    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    assert (len(scheduler._admitted), len(scheduler._waiting)) == (1, 1)
     scheduler.abort(1)
     (chunk,) = scheduler.next().chunks
     assert (chunk.request_id, chunk.end, chunk.last) == (2, 6, True)
@@ -373,7 +373,7 @@ def test_a_request_that_never_fits_is_refused_with_the_setting_to_raise() -> Non
         scheduler.add(2, [], 1)
     with pytest.raises(TidarError, match="max_new_tokens is 0"):
         scheduler.add(2, [1], 0)
-    assert scheduler.num_waiting == 1
+    assert len(scheduler._waiting) == 1
 
 
 def test_the_model_s_last_position_bounds_what_is_reserved() -> None:

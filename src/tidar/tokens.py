@@ -93,20 +93,6 @@ class Tokenizer:
         encoded = self._backend(text, add_special_tokens=special, verbose=False)
         return list(encoded["input_ids"])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the answer, by the checkpoint's chat template.
-
-        Raises:
-            TidarError: the tokenizer has no chat template.
-        """
-        if not self._backend.chat_template:
-            raise TidarError("this tokenizer has no chat template; give a plain prompt instead")
-        return list(
-            self._backend.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
-
     def chat_text(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
         """A conversation as text by the checkpoint's chat template.
 

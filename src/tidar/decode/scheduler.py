@@ -117,15 +117,6 @@ class Scheduler:
         self._admitted: OrderedDict[int, _Entry] = OrderedDict()
         self._waiting: OrderedDict[int, _Entry] = OrderedDict()
 
-    @property
-    def num_running(self) -> int:
-        """Requests that hold pages, in prefill or decoding."""
-        return len(self._admitted)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
     def add(self, request_id: int, tokens: Sequence[int], max_new_tokens: int) -> None:
         """Queues a request. `tokens`: its prompt. Raises TidarError as `check` does."""
         assert self._find(request_id) is None, f"request {request_id} is here already"
