@@ -13,10 +13,10 @@ from lab.plan import COMMON, CONTINUED, OWN_STEPS, Scale
 DOMAINS: Final = ("python", "arithmetic")
 
 VARIANT: Final[Mapping[str, Any]] = {
-    **CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random", "max_steps": 500,
-    "save_steps": 250,
+    **CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random", "max_steps": 300,
+    "save_steps": 150,
 }  # fmt: skip
-"""A conversion of `base`: 66 M clean tokens. Each variant changes some of these values."""
+"""A conversion of `base`: 39 M clean tokens. Each variant changes some of these values."""
 
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "mix": {},

@@ -69,10 +69,16 @@ def parts_of(names: Sequence[str], known: dict[str, Ablation]) -> dict[str, froz
 
 
 def part_jobs(parts: dict[str, frozenset[str]], out: Path, *, smoke: bool) -> list[Job]:
-    """Each part as a process of its own."""
+    """Each part as a process of its own; what is measured and not timed is light."""
+    known = ablations(SMOKE if smoke else FULL)
     options = ("--part", f"--out={out}", *(["--smoke"] if smoke else []))
     return [
-        Job(name, (sys.executable, "-m", "lab.ablations", *options, name), after)
+        Job(
+            name,
+            (sys.executable, "-m", "lab.ablations", *options, name),
+            after,
+            light=name in known and not known[name].batches,
+        )
         for name, after in parts.items()
     ]
 

@@ -1,4 +1,4 @@
-"""Commands that wait for one another, one at a time on each GPU: the graph of a laboratory's run.
+"""Commands that wait for one another, on the GPUs that there are: the graph of a laboratory's run.
 
 A command that fails takes with it those that wait for it; the others finish.
 """
@@ -20,21 +20,29 @@ from lab import ROOT
 from tidar.errors import TidarError
 
 POLL_SECONDS: Final = 0.05
+LIGHT_PLACES: Final = 3
+"""Light commands at a time on each GPU, beside the one that is not."""
+
 GRACE_SECONDS: Final = 60.0
 """How long a command that was asked to stop may take: training writes a checkpoint first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command. after: names of those that must have succeeded; names of no job count as done."""
+    """A command. after: names of those that must have succeeded; names of no job count as done.
+
+    light: it waits for its processor more than for its GPU, so several may share one.
+    """
 
     name: str
     command: tuple[str, ...]
     after: frozenset[str] = frozenset()
+    light: bool = False
 
 
 @dataclass(slots=True)
 class _Running:
+    job: Job
     process: subprocess.Popen[bytes]
     gpu: str
     began: float
@@ -60,15 +68,16 @@ def visible_gpus(count: int) -> list[str]:
 def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, str]:
     """Runs all jobs, in the order given where nothing keeps one waiting; what failed, and why.
 
-    gpus: one job at a time for each, which sees that GPU alone. logs: folder of NAME.log, both outputs of
-    each job. A line on stdout tells of every start and end. Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
+    gpus: each has room for one job at a time and, beside it, for `LIGHT_PLACES` light ones; a job sees its GPU
+    alone. logs: folder of NAME.log, both outputs of each job. A line on stdout tells of every start and end. Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
     Raises TidarError, before anything runs, for jobs that wait for each other in a circle.
     """
     waiting = {job.name: job for job in jobs}
     _check_order(waiting)
     names = frozenset(waiting)
     logs.mkdir(parents=True, exist_ok=True)
-    free, running = list(gpus), dict[str, _Running]()
+    free = {False: list(gpus), True: list(gpus) * LIGHT_PLACES}  # by whether a job is light
+    running = dict[str, _Running]()
     done: set[str] = set()
     failed: dict[str, str] = {}
     with _terminated_as_interrupted():
@@ -77,13 +86,14 @@ def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, 
                 for job in list(waiting.values()):
                     if lost := sorted(job.after & failed.keys()):
                         failed[waiting.pop(job.name).name] = f"not run, for want of {lost[0]}"
-                    elif free and (job.after & names) <= done:
-                        running[job.name] = _start(waiting.pop(job.name), free.pop(0), logs)
+                    elif free[job.light] and (job.after & names) <= done:
+                        gpu = free[job.light].pop(0)
+                        running[job.name] = _start(waiting.pop(job.name), gpu, logs)
                 for name, each in list(running.items()):
                     if (code := each.process.poll()) is None:
                         continue
                     del running[name]
-                    free.append(each.gpu)
+                    free[each.job.light].append(each.gpu)
                     spent = time.monotonic() - each.began
                     if code == 0:
                         done.add(name)
@@ -115,7 +125,7 @@ def _start(job: Job, gpu: str, logs: Path) -> _Running:
             job.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
         )  # fmt: skip
-    return _Running(process, gpu, time.monotonic())
+    return _Running(job, process, gpu, time.monotonic())
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Final
 from lab import ROOT
 from lab.corpus import Sizes
 
-BASE_STEPS, OWN_STEPS = 1500, 2000
-"""Of 131,072 clean tokens: 197 M for the base, 262 M more for each contender."""
+BASE_STEPS, OWN_STEPS = 1000, 1200
+"""Of 131,072 clean tokens: 131 M for the base, 157 M more for each contender."""
 
-EAGLE_STEPS = 1000
+EAGLE_STEPS = 500
 """Of the EAGLE head, beside those that the twin has seen: its weights are no part of the twin's."""
 
 COMMON: Final[Mapping[str, Any]] = {
@@ -24,7 +24,7 @@ COMMON: Final[Mapping[str, Any]] = {
     "optimizer": "muon",
     "learning_rate": 3e-3,
     "logging_steps": 50,
-    "save_steps": 500,
+    "save_steps": 600,
     "save_total_limit": 1,
     "report_to": "none",
     "save_dtype": "bfloat16",
@@ -119,7 +119,7 @@ class Scale:
     new_tokens: int = 256
     held_out: int = 200
     draws: int = 16
-    kept_steps: tuple[int, ...] = (125, 250, 500, 1000)
+    kept_steps: tuple[int, ...] = (75, 150, 300, 600)
     ablated_prompts: int = 64
     answer_tokens: int = 400
 

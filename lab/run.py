@@ -38,14 +38,18 @@ ORDER: Final = ("corpus", "tokenizer", *STAGES, "measure", "table")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Records of `measure` that need nothing but some stages; whatever else runs does not change them."""
+    """Records of `measure`, and the names of the stages that they need.
+
+    timed: taken when nothing else runs; what runs beside the others does not change them.
+    """
 
     records: tuple[str, ...]
     stages: frozenset[str]
+    timed: bool = False
 
 
 def measurements() -> dict[str, Part]:
-    """All records but the speeds, which are taken when nothing else runs: a part for each checkpoint and contender."""
+    """All records in parts: one for each checkpoint, contender and kind of schedules, and for each speed."""
     parts = {
         f"bits-{stage}": Part((f"bits_{stage}",), frozenset({stage}))
         for stage in dict.fromkeys(each.stage for each in measure.CONTENDERS.values())
@@ -56,6 +60,9 @@ def measurements() -> dict[str, Part]:
         parts[f"measure-{name}"] = Part(records, needed)
     for kind in ("free", "forced"):
         parts[f"schedules-{kind}"] = Part((f"schedules_{kind}",), frozenset({"tidar"}))
+    for temperature in measure.TIMED:
+        record = f"speed_t{temperature:g}"
+        parts[record.replace("_", "-")] = Part((record,), frozenset(STAGES), timed=True)
     return parts
 
 
@@ -65,7 +72,11 @@ def predecessors() -> dict[str, frozenset[str]]:
     before |= {
         name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
     }
-    parts = {name: part.stages for name, part in measurements().items()}
+    untimed = frozenset(name for name, part in measurements().items() if not part.timed)
+    parts = {
+        name: part.stages | (untimed if part.timed else frozenset())
+        for name, part in measurements().items()
+    }
     return {
         **before, **parts,
         "measure": frozenset({*STAGES, *parts}), "table": frozenset({"measure"}),
@@ -171,9 +182,15 @@ def run_in_turn(names: Sequence[str], out: Path, scale: Scale, texts: corpus.Tex
 def stage_jobs(names: Sequence[str], options: Sequence[str]) -> list[Job]:
     """The stages as processes of their own, given the options of this one; of `measure` its parts as well."""
     before = predecessors()
-    parts = tuple(measurements()) if "measure" in names else ()
+    parts = measurements() if "measure" in names else {}
+    light = {name for name, part in parts.items() if not part.timed}
     return [
-        Job(name, (sys.executable, "-m", "lab.run", *options, name), before[name])
+        Job(
+            name,
+            (sys.executable, "-m", "lab.run", *options, name),
+            before[name],
+            light=name in light,
+        )
         for name in sorted({*names, *parts}, key=list(before).index)
     ]
 
@@ -193,7 +210,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, help="folder of shared data, see lab/README.md")
     parser.add_argument("--prose", type=Path, nargs="*", default=[], help="text files or folders")
     parser.add_argument("--packages", type=Path, nargs="*", help="folders of installed packages")
-    parser.add_argument("--gpus", type=int, default=1, help="stages at a time, a GPU for each")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="stages at a time, each on a GPU of its own"
+    )
     parser.add_argument("--smoke", action="store_true", help="all of it, tiny, on the CPU")
     return parser
 

@@ -52,7 +52,7 @@ def test_variants_differ_in_one_thing() -> None:
     used = {variant for each in known.values() for variant in each.variants}
     assert used == set(VARIANTS)
     mix = VARIANT["draft_lens"], VARIANT["max_steps"]
-    assert mix == (STAGES["tidar"].values["draft_lens"], 500)
+    assert mix == (STAGES["tidar"].values["draft_lens"], 300)
     for name, changes in VARIANTS.items():
         told = set(changes) - {"teacher"}
         assert len(told) == {"mix": 0}.get(name, 1) or told == {"draft_lens", "masking"}, name
@@ -73,7 +73,7 @@ def test_every_case_can_be_told_apart_and_run() -> None:
         for case in each.cases:
             assert parse_method(case.method).name == case.method, name
     tokens = [case.labels["clean tokens, M"] for case in planned(FULL)["tokens"].cases[:5]]
-    assert tokens == [step * 0.131072 for step in (125, 250, 500, 1000, 2000)]
+    assert tokens == [step * 0.131072 for step in (75, 150, 300, 600, 1200)]
     used = {(c.labels["trained"], c.labels["K"]) for c in planned(FULL)["draft-lens"].cases}
     assert used == {(t, k) for t in ("4", "8", "16", "32", "4, 8, 16") for k in (4, 8, 16, 32)}
 

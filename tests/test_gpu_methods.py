@@ -118,6 +118,7 @@ def learnt() -> Transformer:
     return init_model(config, 0, device="cuda")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own look
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses_by_flex_attention_are_those_of_dense_masks(name: str) -> None:
     """Float32, forward and backward, as `tidar train` runs them on a GPU."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_jobs_run_side_by_side_and_after_one_another(tmp_path: Path) -> None:
         most = max(most, len(busy))
     assert most == 2
     assert {gpu for _, _, gpu in lines} == {"0", "3"}
+
+
+def test_light_jobs_share_a_gpu(tmp_path: Path) -> None:
+    """Three of them and one that is not; a second of those waits."""
+    notes = tmp_path / "notes"
+    jobs = [job(name, noted(notes, name)) for name in ("heavy", "heavy-too")]
+    jobs += [replace(job(name, noted(notes, name)), light=True) for name in ("a", "b", "c", "d")]
+    assert run_jobs(jobs, ["5"], tmp_path) == {}
+    lines = [line.split()[:2] for line in notes.read_text().splitlines()]
+    running: set[str] = set()
+    most = 0
+    for word, name in lines:
+        (running.add if word == "begin" else running.remove)(name)
+        assert not {"heavy", "heavy-too"} <= running
+        assert len(running - {"heavy", "heavy-too"}) <= 3
+        most = max(most, len(running))
+    assert most == 4
 
 
 def test_a_failure_stops_what_needs_it_and_nothing_else(
@@ -116,7 +134,14 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert before["measure-speculative"] == {"ar", "draft"}
     assert before["bits-llada"] == {"llada"}
     assert before["schedules-forced"] == {"tidar"}
+    assert before["speed-t1"] == before["speed-t0"] > {"eagle", "bits-llada", "schedules-free"}
     jobs = run.stage_jobs(["measure", "table"], ["--out=x"])
+    assert {each.name for each in jobs if not each.light} == {
+        "speed-t0",
+        "speed-t1",
+        "measure",
+        "table",
+    }
     assert [each.name for each in jobs][-2:] == ["measure", "table"]
     assert {each.name for each in jobs[:-2]} == set(run.measurements()) <= jobs[-2].after
     assert jobs[0].command[1:] == ("-m", "lab.run", "--out=x", jobs[0].name)

@@ -33,9 +33,6 @@ HOPPER = (9, 0)
 PARTS_ROWS = 128
 """Rows up to which products in parts are used."""
 
-LARGE_PRODUCT = 60_000_000
-"""Gate and up weights from which cuBLAS and a launch for the activation are faster (one H200)."""
-
 SMALL_HEAD = 10_000_000
 """Weights of a vocabulary projection up to which its logits are float32, from kernels of this package."""
 
@@ -213,8 +210,6 @@ class FusedBackend:
     def _inner(self, x: Tensor, layer: Layer) -> Tensor:
         """The activated inside of the MLP, `[M, intermediate_size]`."""
         weight, bias = layer.gate_up.weight, layer.gate_up.bias
-        if weight.numel() >= LARGE_PRODUCT:
-            return gated(F.linear(x, weight, bias), pdl=self.pdl)
         config = self._cut(x, weight, gated_pairs=True)
         return gated_linear(x, weight, bias, config=config, pdl=self.pdl)
 

@@ -17,12 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidar.kernels.ahead import ask_vectors_ahead
 from tidar.kernels.attention_launch import AttentionWorkspace, LaunchConfig, launch_config
 from tidar.kernels.attention_sum import sum_parts
 from tidar.kernels.attention_tiles import load_vectors, share_of, store_vectors
 from tidar.kernels.launch import early
+from tidar.kernels.parts import aligned
 
 _LOG2_E = math.log2(math.e)
 
@@ -101,6 +103,8 @@ def _attention_kernel(
     out: tl.tensor,
     parts: tl.tensor,
     stats: tl.tensor,
+    key_tiles: tl.tensor,
+    value_tiles: tl.tensor,
     rows: tl.tensor,
     splits: tl.tensor,
     min_share: tl.tensor,
@@ -128,7 +132,8 @@ def _attention_kernel(
 ) -> None:
     """Grid: (B * KV_HEADS * tiles of lanes, splits). Strides are in elements, named tensor_dimension.
 
-    parts: None where there is one split, which writes `out`.
+    parts: None where there is one split, which writes `out`. key_tiles, value_tiles: descriptors of the pages
+    as one matrix of vectors, by which the copy engine reads whole tiles; or None.
     """
     program, split = tl.program_id(0), tl.program_id(1)
     lane_tiles = tl.cdiv(rows * GROUP, TILE_M)
@@ -169,9 +174,17 @@ def _attention_kernel(
     result, total = tl.zeros([TILE_M, TILE_D], tl.float32), tl.zeros([TILE_M], tl.float32)
     peak = tl.full([TILE_M], -1e30, tl.float32)
     for tile in tl.range(first, tl.minimum(last, whole_tiles)):
-        offsets = _offsets(table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N)
-        keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
-        values = load_vectors(value_pages + offsets, None, HEAD_DIM, TILE_D)
+        if key_tiles is not None:
+            page = tl.load(table + tile * TILE_N // PAGE_SIZE)
+            at = (page * KV_HEADS + head) * PAGE_SIZE + tile * TILE_N % PAGE_SIZE
+            keys = key_tiles.load([at, 0])
+            values = value_tiles.load([at, 0])
+        else:
+            offsets = _offsets(
+                table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N
+            )
+            keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
+            values = load_vectors(value_pages + offsets, None, HEAD_DIM, TILE_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
@@ -295,6 +308,7 @@ def _launch(
         *tensors,
         parts,
         stats,
+        *(_tiles(pages, config) for pages in tensors[3:5]),
         rows,
         splits,
         config.min_share,
@@ -329,6 +343,18 @@ def _launch(
             config,
             pdl=pdl,
         )
+
+
+def _tiles(pages: Tensor, config: LaunchConfig) -> TensorDescriptor | None:
+    """The pages as the copy engine reads a tile of them; None where it cannot, or is not asked to."""
+    page_size, head_dim = pages.shape[2:]
+    whole = config.tile_n <= page_size and head_dim == triton.next_power_of_2(head_dim) >= 16
+    if not (config.copies and whole and pages.is_contiguous()):
+        return None
+    vectors = pages.view(-1, head_dim)
+    if not aligned(vectors):
+        return None
+    return TensorDescriptor.from_tensor(vectors, [config.tile_n, head_dim])
 
 
 def _check(

@@ -32,6 +32,7 @@ class LaunchConfig:
     num_stages: int
     min_share: int
     per_sm: int = 1
+    copies: bool = False
 
     def lane_tiles(self, rows: int, group: int) -> int:
         """Tiles of lanes per sequence and key head."""
