@@ -69,7 +69,8 @@ def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, 
     """Runs all jobs, in the order given where nothing keeps one waiting; what failed, and why.
 
     gpus: each has room for one job at a time and, beside it, for `LIGHT_PLACES` light ones; a job sees its GPU
-    alone. logs: folder of NAME.log, both outputs of each job. A line on stdout tells of every start and end. Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
+    alone. logs: folder of NAME.log, both outputs of each job. A line on stdout tells of every start and end.
+    Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
     Raises TidarError, before anything runs, for jobs that wait for each other in a circle.
     """
     waiting = {job.name: job for job in jobs}

@@ -58,7 +58,7 @@ def test_variants_differ_in_one_thing() -> None:
         assert len(told) == {"mix": 0}.get(name, 1) or told == {"draft_lens", "masking"}, name
         values = {**COMMON, **VARIANT, **changes, "base": "b", "data": "d", "out": "o"}
         config = TrainConfig.from_mapping(values)
-        assert config.arguments["max_steps"] * COMMON["seq_len"] * 128 == 65_536_000
+        assert config.arguments["max_steps"] * COMMON["seq_len"] * 128 == 39_321_600
         for key, value in changes.items():
             assert getattr(config, key) == value
 
