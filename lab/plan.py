@@ -73,6 +73,12 @@ STAGES: Final[Mapping[str, Stage]] = {
         values={**CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random"},
         keeps=True,
     ),
+    "eagle": Stage(
+        what="an EAGLE-3 head for the twin", after="ar",
+        # Its simulated steps see each other by dense masks: a quarter of a step at a time.
+        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS,
+                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
+    ),
     "block-diffusion": Stage(
         what="block diffusion (BD3-LM, SDAR): K = 16, clean rows see their span", after="base",
         values={**CONTINUED, "objective": "block-diffusion", "draft_lens": (16,),
@@ -89,12 +95,6 @@ STAGES: Final[Mapping[str, Stage]] = {
     "draft": Stage(
         what="a small AR model that drafts for the twin (speculative decoding)", arch="draft",
         values={**FROM_SCRATCH, "objective": "ar"},
-    ),
-    "eagle": Stage(
-        what="an EAGLE-3 head for the twin", after="ar",
-        # Its simulated steps see each other by dense masks: a quarter of a step at a time.
-        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS,
-                "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
     ),
 }  # fmt: skip
 
