@@ -33,6 +33,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 SMALL = LaunchConfig(tile_m=16, tile_n=16, num_warps=4, num_stages=2, min_share=1)
+COPIED = dataclasses.replace(SMALL, copies=True)
 DENSE = decode_rows(0, 3, (1, 2, 3), 3)
 PRUNED = decode_rows(0, 4, (1, 3), 4)
 SINGLE = decode_rows(0, 2, (1,), 4)
@@ -196,6 +197,17 @@ def test_layouts_over_ragged_prefixes(kernel: ModuleType, name: str) -> None:
     case = make_case(LAYOUTS[name], RAGGED)
     check_twin(case)
     check(kernel, case)
+    check(kernel, case, config=COPIED)
+
+
+def test_tiles_are_copied_where_they_can_be(kernel: ModuleType) -> None:
+    """Not of odd head sizes, nor where pages do not follow each other in memory."""
+    pages = torch.zeros(6, 2, 16, 16, device=DEVICE)
+    assert kernel._tiles(pages, SMALL) is None
+    assert kernel._tiles(pages, COPIED).block_shape == [16, 16]
+    assert kernel._tiles(pages[::2], COPIED) is None
+    assert kernel._tiles(torch.zeros(6, 2, 16, 24, device=DEVICE), COPIED) is None
+    assert kernel._tiles(torch.zeros(6, 2, 8, 16, device=DEVICE), COPIED) is None
 
 
 @pytest.mark.parametrize("splits", [2, 5])
@@ -220,12 +232,16 @@ def test_head_groups(kernel: ModuleType, heads: tuple[int, int]) -> None:
 def test_odd_head_sizes(kernel: ModuleType, head_dim: int) -> None:
     case = make_case(SINGLE, (3, 20), head_dim=head_dim)
     check_twin(case)
-    check(kernel, case, splits=2)
+    check(kernel, case, splits=2, config=COPIED)
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize(("page_size", "tile_n"), [(16, 64), (64, 16), (32, 32)])
-def test_tiles_over_and_under_a_page(kernel: ModuleType, page_size: int, tile_n: int) -> None:
-    config = dataclasses.replace(SMALL, tile_n=tile_n, tile_m=32)
+def test_tiles_over_and_under_a_page(
+    kernel: ModuleType, page_size: int, tile_n: int, copies: bool
+) -> None:
+    """The copy engine reads no tile that lies in several pages."""
+    config = dataclasses.replace(SMALL, tile_n=tile_n, tile_m=32, copies=copies)
     case = make_case(PRUNED, (16, 64, 75), page_size=page_size)
     check_twin(case)
     check(kernel, case, splits=3, config=config)
@@ -246,9 +262,9 @@ def test_even_prefixes_of_one_row_need_no_mask() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_launch_defaults(rows: int, head_dim: int) -> None:
-    for group, longest in ((1, 4096), (6, 4096), (6, SHORT_CONTEXT)):
+    for group, longest, hopper in ((1, 4096, True), (6, 4096, False), (6, SHORT_CONTEXT, True)):
         for itemsize in (2, 4):
-            config = launch_config(rows, group, head_dim, itemsize, longest=longest)
+            config = launch_config(rows, group, head_dim, itemsize, longest=longest, hopper=hopper)
             assert 16 <= config.tile_m <= 128
             assert config.tile_m & (config.tile_m - 1) == 0
             tiles = config.lane_tiles(rows, group)
@@ -267,8 +283,11 @@ def test_default_splits_fill_the_device() -> None:
     assert default_splits(1, 8, 1, 6, vector, 132) == 16
     assert default_splits(1, 8, 1, 6, vector, 132, longest=SHORT_CONTEXT) == SHORT_SPLITS
     wide = launch_config(80, 6, 128)
-    assert (wide.per_sm, wide.lane_tiles(80, 6)) == (2, 8)
-    assert default_splits(1, 2, 80, 6, wide, 132) == 2 * 132 // 16
+    assert (wide.per_sm, wide.lane_tiles(80, 6), wide.copies) == (1, 8, True)
+    assert default_splits(1, 2, 80, 6, wide, 132) == 132 // 16
+    paired = launch_config(80, 6, 128, hopper=False)
+    assert (paired.per_sm, paired.copies) == (2, False)
+    assert default_splits(1, 2, 80, 6, paired, 132) == 2 * 132 // 16
     assert default_splits(64, 8, 80, 6, wide, 132) == 1
 
 

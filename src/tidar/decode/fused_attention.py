@@ -100,8 +100,10 @@ class FusedAttention:
         """How attention over steps of this width is cut up."""
         config = self.config
         group = config.num_heads // config.num_kv_heads
-        longest = config.max_positions
-        return launch_config(width, group, config.head_dim, self.dtype.itemsize, longest=longest)
+        longest, hopper = config.max_positions, self.pdl
+        return launch_config(
+            width, group, config.head_dim, self.dtype.itemsize, longest=longest, hopper=hopper
+        )
 
     def _splits(self, batch: int, width: int, cut: LaunchConfig) -> int:
         """Programs that share the keys of a tile; one captured graph serves all contexts."""

@@ -51,6 +51,54 @@ def _offsets(
 
 
 @triton.jit
+def _whole_tile(
+    key_pages: tl.tensor,
+    value_pages: tl.tensor,
+    key_tiles: tl.tensor,
+    value_tiles: tl.tensor,
+    table: tl.tensor,
+    start: tl.tensor,
+    length: tl.tensor,
+    page_stride: tl.tensor,
+    head: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+) -> tl.tensor:
+    """Keys and values of the TILE_N positions from `start`, all of them committed."""
+    if key_tiles is None:
+        offsets = _offsets(table, start, length, page_stride, HEAD_DIM, PAGE_SIZE, TILE_N)
+        keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
+        values = load_vectors(value_pages + offsets, None, HEAD_DIM, TILE_D)
+    else:
+        at = (tl.load(table + start // PAGE_SIZE) * KV_HEADS + head) * PAGE_SIZE + start % PAGE_SIZE
+        keys, values = key_tiles.load([at, 0]), value_tiles.load([at, 0])
+    return keys, values
+
+
+@triton.jit
+def _sees(
+    tail: tl.tensor,
+    rows: tl.tensor,
+    place: tl.tensor,
+    own_span: tl.tensor,
+    own_anchor: tl.tensor,
+) -> tl.tensor:
+    """Which rows of the tail, at `place`, each lane sees: the visibility rule (`tidar.layout.visible`).
+
+    From what each row is, as a matrix of rows x rows would have to be loaded element by element. Lanes of no
+    row see what is clean.
+    """
+    there = place < rows
+    position = tl.load(tail + place, mask=there, other=2147483647)
+    span = tl.load(tail + rows + place, mask=there, other=-2)
+    clean = position[None, :] < own_anchor[:, None]
+    return tl.where((span == -1)[None, :], clean, span[None, :] == own_span[:, None])
+
+
+@triton.jit
 def _fold(
     scores: tl.tensor,
     values: tl.tensor,
@@ -174,17 +222,10 @@ def _attention_kernel(
     result, total = tl.zeros([TILE_M, TILE_D], tl.float32), tl.zeros([TILE_M], tl.float32)
     peak = tl.full([TILE_M], -1e30, tl.float32)
     for tile in tl.range(first, tl.minimum(last, whole_tiles)):
-        if key_tiles is not None:
-            page = tl.load(table + tile * TILE_N // PAGE_SIZE)
-            at = (page * KV_HEADS + head) * PAGE_SIZE + tile * TILE_N % PAGE_SIZE
-            keys = key_tiles.load([at, 0])
-            values = value_tiles.load([at, 0])
-        else:
-            offsets = _offsets(
-                table, tile * TILE_N, length, pages_page, HEAD_DIM, PAGE_SIZE, TILE_N
-            )
-            keys = load_vectors(key_pages + offsets, None, HEAD_DIM, TILE_D)
-            values = load_vectors(value_pages + offsets, None, HEAD_DIM, TILE_D)
+        keys, values = _whole_tile(
+            key_pages, value_pages, key_tiles, value_tiles, table, tile * TILE_N, length, pages_page, head,
+            KV_HEADS, HEAD_DIM, PAGE_SIZE, TILE_N, TILE_D,
+        )  # fmt: skip
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
@@ -199,18 +240,13 @@ def _attention_kernel(
         scores = tl.where(seen[None, :], scores, float("-inf"))
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 
-    # The tail by the visibility rule (`tidar.layout.visible`), from what each row is: a matrix of
-    # rows x rows would have to be loaded element by element. Lanes of no row see what is clean.
     for tile in tl.range(tl.maximum(first, prefix_tiles), last):
         place = (tile - prefix_tiles) * TILE_N + within
         seen = place < rows
-        position = tl.load(tail + place, mask=seen, other=2147483647)
-        span = tl.load(tail + rows + place, mask=seen, other=-2)
         keys = load_vectors(k + place * k_row, seen, HEAD_DIM, TILE_D)
         values = load_vectors(v + place * k_row, seen, HEAD_DIM, TILE_D)
-        clean = position[None, :] < own_anchor[:, None]
-        visible = tl.where((span == -1)[None, :], clean, span[None, :] == own_span[:, None])
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        visible = _sees(tail, rows, place, own_span, own_anchor)
         scores = tl.where(visible, scores, float("-inf"))
         result, peak, total = _fold(scores, values, scale, result, peak, total)
 

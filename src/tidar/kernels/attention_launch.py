@@ -23,7 +23,7 @@ class LaunchConfig:
     at least 16. num_stages: tiles of page numbers and of keys in flight each take half of it, so 2 n + 1
     keeps n tiles of keys and values in flight. min_share: the fewest tiles of keys that make a split.
     per_sm: programs that a multiprocessor may be given where keys are split; times tile_m at most 128, what
-    a workspace has room for.
+    a workspace has room for. copies: the GPU's copy engine reads the tiles of the prefix, where it can.
     """
 
     tile_m: int
@@ -40,33 +40,39 @@ class LaunchConfig:
 
 
 def launch_config(
-    rows: int, group: int, head_dim: int, itemsize: int = 2, *, longest: int = 1 << 20
+    rows: int,
+    group: int,
+    head_dim: int,
+    itemsize: int = 2,
+    *,
+    longest: int = 1 << 20,
+    hopper: bool = True,
 ) -> LaunchConfig:
-    """Defaults for a Hopper GPU, measured on one H200; `dataclasses.replace` varies them.
+    """Defaults, measured on one H200; `dataclasses.replace` varies them.
 
     rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; longest:
-    positions of the model, as one cut serves all contexts.
+    positions of the model, as one cut serves all contexts. hopper: whether the GPU has a Hopper's copy engine
+    and shared memory.
     """
     lanes = rows * group
     if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
         return LaunchConfig(tile_m=16, tile_n=32, num_warps=4, num_stages=3, min_share=2)
     wide = head_dim > 128
     tile_m = 128 if lanes > 1024 and not wide else 16 if lanes <= 16 else 64
-    warps = 8 if tile_m == 128 or wide else 4
-    short = (
-        longest <= SHORT_CONTEXT
-    )  # few tiles each: what counts is how soon the first one is there
-    if tile_m == 16:
-        stages = 3 if short else 5
-    else:  # small programs, two to a multiprocessor: one computes while the other waits
-        stages = 2
+    # With short contexts a program has few tiles: what counts is how soon the first one is there.
+    short = longest <= SHORT_CONTEXT
+    copies = hopper and not short and not wide and tile_m < 128
+    # What is not read ahead by copies: two small programs to a multiprocessor, one computes while one waits.
+    paired = tile_m == 64 and not short and not copies
+    stages = 5 if copies or (tile_m == 16 and not short) else 3 if tile_m == 16 else 2
     return LaunchConfig(
         tile_m=tile_m,
         tile_n=32 if wide else 64,
-        num_warps=warps,
+        num_warps=8 if tile_m == 128 or wide else 4,
         num_stages=stages,
         min_share=1,
-        per_sm=2 if tile_m == 64 and not short else 1,
+        per_sm=2 if paired else 1,
+        copies=copies,
     )
 
 
