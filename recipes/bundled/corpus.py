@@ -178,6 +178,13 @@ def _members(mine: Shingles, theirs: Shingles) -> NDArray[np.bool_]:
     return np.asarray(theirs[at] == mine)
 
 
+def _places(mine: Shingles, theirs: Shingles) -> NDArray[np.int64]:
+    """Where the values of `mine`, each of them there, are in `theirs`, which is sorted and may repeat them."""
+    first, behind = (np.searchsorted(theirs, mine, side) for side in ("left", "right"))
+    counts = behind - first
+    return np.repeat(behind - counts.cumsum(), counts) + np.arange(counts.sum())
+
+
 def resembles(mine: Shingles, pool: Pool) -> str:
     """Why a training file with these shingles must go; empty if it may stay."""
     if _members(mine, pool.benchmark).any():
@@ -187,7 +194,7 @@ def resembles(mine: Shingles, pool: Pool) -> str:
         return ""
     if shared.mean() > MAX_SHARED_WITH_HELD_OUT:
         return "near held-out"
-    owners = pool.owners[_members(pool.held_out, mine)]
+    owners = pool.owners[_places(mine[shared], pool.held_out)]
     covered = np.bincount(owners, minlength=len(pool.sizes)) / pool.sizes
     return "near held-out" if covered.max() > MAX_SHARED_WITH_HELD_OUT else ""
 
