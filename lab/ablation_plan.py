@@ -16,13 +16,14 @@ VARIANT: Final[Mapping[str, Any]] = {
     **CONTINUED, "objective": "tidar", "draft_lens": (4, 8, 16), "anchors": "random", "max_steps": 300,
     "save_steps": 150,
 }  # fmt: skip
-"""A conversion of `base`: 39 M clean tokens. Each variant changes some of these values."""
+"""A conversion of `base` with the paper's loss (alpha 1, tokens as labels): 39 M clean tokens. Each variant changes
+some of these values."""
 
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "mix": {},
     **{f"k{size}": {"draft_lens": (size,)} for size in (4, 8, 16, 32)},
     **{f"k{size}-random-masks": {"draft_lens": (size,), "masking": "random"} for size in (4, 8)},
-    **{f"alpha-{alpha}": {"alpha": alpha} for alpha in (0.8, 1.2)},
+    **{f"alpha-{alpha}": {"alpha": alpha} for alpha in (0.8, 1.2, 4)},
     "grid": {"anchors": "grid"},
     "soft": {"soft_labels": 0.5, "teacher": "causal"},
 }
@@ -105,7 +106,7 @@ def _strategies() -> Ablation:
 
 
 def _weights() -> Ablation:
-    alphas = {0.8: "alpha-0.8", 1.0: "mix", 1.2: "alpha-1.2"}
+    alphas = {0.8: "alpha-0.8", 1.0: "mix", 1.2: "alpha-1.2", 4.0: "alpha-4"}
     cases = [
         Case(
             model=trained(variant), method="tidar:16:dense", beta=beta,

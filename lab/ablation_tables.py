@@ -1,4 +1,4 @@
-"""A markdown table and a figure for each ablation, from records alone: nothing is run.
+"""A table and a figure for each ablation, from records alone: nothing is run.
 
 python -m lab.ablation_tables RECORDS OUT
 """
@@ -6,18 +6,23 @@ python -m lab.ablation_tables RECORDS OUT
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lab.ablation_plan import ablations
 from lab.command import exit_code
+from lab.page import Picture, Section, Shelf, draw_all, markdown_table, render
+from lab.plan import FULL
 from tidar.bench.plot import new_figure, save_figure
-from tidar.bench.record import read_record
 from tidar.errors import TidarError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+COMMAND: Final = "python -m lab.ablations --out runs/lab"
 
 Figures = Mapping[str, Any]
 Reading = Callable[[Figures, str], float | str | None]
@@ -156,18 +161,38 @@ def _cell(value: float | str | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def markdown(record: Figures) -> str:
+def section(record: Figures) -> Section:
     """The question, the table, and what the numbers are of."""
-    head, *rows = table(record)
-    lines = [head, ["---"] * len(head), *rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    where, settings = record["environment"], record["settings"]
-    counts = ", ".join(f"{each['count']} of {name}" for name, each in record["prompts"].items())
-    told = (
-        f"Temperature 0, {settings['dtype']}, the {settings['engine']} engine; prompts: {counts}. "
-        f"{_notes(record)}{where['gpu'] or where['cpu']}, torch {where['packages']['torch']}."
+    name, settings = record["ablation"], record["settings"]
+    counts = ", ".join(f"{each['count']} of {domain}" for domain, each in record["prompts"].items())
+    told = f"{_notes(record)}Temperature 0, the {settings['engine']} engine; prompts: {counts}."
+    picture = Picture(f"ablation_{name}.png", _alt(record), partial(draw, record))
+    return Section(
+        key=f"ablation-{name}",
+        title=f"Ablation: {name}",
+        body=f"{record['question']}\n\n{markdown_table(*_head_and_rows(record))}\n\n{told}",
+        records=(name,),
+        commands=(f"{COMMAND} {name}",),
+        pictures=(picture,),
     )
-    return f"## {record['ablation']}\n\n{record['question']}\n\n{body}\n\n{told}\n"
+
+
+def _head_and_rows(record: Figures) -> tuple[list[str], list[list[str]]]:
+    head, *rows = table(record)
+    return head, rows
+
+
+def _alt(record: Figures) -> str:
+    """The picture in words."""
+    curve = CURVES.get(record["ablation"])
+    shown = ", ".join(curve.ys) if curve else "tokens per second over AR"
+    x_label = curve.x_label if curve else "batch"
+    return f"{shown} against {x_label.split(',')[0]}"
+
+
+def sections(shelf: Shelf) -> list[Section]:
+    """Of the ablations whose records are there."""
+    return [section(record) for _, record in shelf.present(ablations(FULL))]
 
 
 def _notes(record: Figures) -> str:
@@ -304,22 +329,16 @@ def _name_points(panels: "Sequence[Axes]", record: Figures, domains: Sequence[st
 # --- files ---
 
 
-def records_of(folder: Path) -> Iterator[Figures]:
-    """The ablations' records in a folder. Raises TidarError where there are none."""
-    paths = sorted(folder.glob("*.json"))
-    found = [record for record in map(read_record, paths) if "ablation" in record]
-    if not found:
-        raise TidarError(f"{folder} has no records of ablations: run lab.ablations first.")
-    yield from found
-
-
 def write(records: Path, out: Path) -> None:
-    """Write OUT/NAME.md and OUT/NAME.png for each record. Raises TidarError without records or matplotlib."""
-    for record in records_of(records):
-        name = record["ablation"]
-        (out / f"{name}.md").write_text(markdown(record), encoding="utf-8")
-        draw(record, out / f"{name}.png")
-        print(f"wrote {out / name}.md and .png")
+    """Write OUT/ablations.md and its pictures. Raises TidarError without records or matplotlib."""
+    shelf = Shelf(records)
+    made = sections(shelf)
+    if not made:
+        raise TidarError(f"{records} has no records of ablations: run lab.ablations first.")
+    page = out / "ablations.md"
+    page.write_text(render(made, shelf, page, out, None), encoding="utf-8")
+    draw_all(made, out)
+    print(f"wrote {page} and its pictures")
 
 
 def main(arguments: Sequence[str]) -> int:

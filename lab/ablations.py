@@ -5,7 +5,7 @@
 
 Run from the root of the repository. OUT is that of `lab.run`, whose stages base and tidar must be done. A
 variant or a record that is there is left alone; a training that was cut short goes on from its last checkpoint.
-Written: OUT/ablations/VARIANT/model, OUT/ablations/records/NAME.json, OUT/ablations/NAME.md and NAME.png.
+Written: OUT/ablations/VARIANT/model, OUT/ablations/records/NAME.json, OUT/ablations/ablations.md and its pictures.
 """
 
 import argparse

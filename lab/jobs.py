@@ -20,8 +20,8 @@ from lab import ROOT
 from tidar.errors import TidarError
 
 POLL_SECONDS: Final = 0.05
-LIGHT_PLACES: Final = 3
-"""Light commands at a time on each GPU, beside the one that is not."""
+LIGHT_PLACES: Final = 5
+"""Light commands at a time on a GPU that no other has."""
 
 GRACE_SECONDS: Final = 60.0
 """How long a command that was asked to stop may take: training writes a checkpoint first."""
@@ -31,7 +31,8 @@ GRACE_SECONDS: Final = 60.0
 class Job:
     """A command. after: names of those that must have succeeded; names of no job count as done.
 
-    light: it waits for its processor more than for its GPU, so several may share one.
+    light: it waits for its processor more than for its GPU, so several may share one. (Not with one that is
+    not: a GPU that processes share by time leaves either waiting.)
     """
 
     name: str
@@ -68,16 +69,15 @@ def visible_gpus(count: int) -> list[str]:
 def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, str]:
     """Runs all jobs, in the order given where nothing keeps one waiting; what failed, and why.
 
-    gpus: each has room for one job at a time and, beside it, for `LIGHT_PLACES` light ones; a job sees its GPU
-    alone. logs: folder of NAME.log, both outputs of each job. A line on stdout tells of every start and end.
-    Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
+    gpus: each has room for one job at a time, or for `LIGHT_PLACES` light ones, which wait while another job could
+    run; a job sees its GPU alone. logs: folder of NAME.log, both outputs of each job. A line on stdout tells of
+    every start and end. Ctrl-C and SIGTERM stop all that runs (KeyboardInterrupt).
     Raises TidarError, before anything runs, for jobs that wait for each other in a circle.
     """
     waiting = {job.name: job for job in jobs}
     _check_order(waiting)
     names = frozenset(waiting)
     logs.mkdir(parents=True, exist_ok=True)
-    free = {False: list(gpus), True: list(gpus) * LIGHT_PLACES}  # by whether a job is light
     running = dict[str, _Running]()
     done: set[str] = set()
     failed: dict[str, str] = {}
@@ -87,14 +87,17 @@ def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, 
                 for job in list(waiting.values()):
                     if lost := sorted(job.after & failed.keys()):
                         failed[waiting.pop(job.name).name] = f"not run, for want of {lost[0]}"
-                    elif free[job.light] and (job.after & names) <= done:
-                        gpu = free[job.light].pop(0)
+                ready = [job for job in waiting.values() if (job.after & names) <= done]
+                for job in sorted(ready, key=lambda each: each.light):
+                    gpu = _place(job, gpus, running)
+                    if gpu is None and not job.light:
+                        break  # no light job takes a place that it could have
+                    if gpu is not None:
                         running[job.name] = _start(waiting.pop(job.name), gpu, logs)
                 for name, each in list(running.items()):
                     if (code := each.process.poll()) is None:
                         continue
                     del running[name]
-                    free[each.job.light].append(each.gpu)
                     spent = time.monotonic() - each.began
                     if code == 0:
                         done.add(name)
@@ -106,6 +109,15 @@ def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, 
         finally:
             _stop([each.process for each in running.values()])
     return failed
+
+
+def _place(job: Job, gpus: Sequence[str], running: Mapping[str, _Running]) -> str | None:
+    """The GPU on which a job may start now; None where there is none."""
+    on = {gpu: [each.job.light for each in running.values() if each.gpu == gpu] for gpu in gpus}
+    if not job.light:
+        return next((gpu for gpu in gpus if not on[gpu]), None)
+    free = [gpu for gpu in gpus if all(on[gpu]) and len(on[gpu]) < LIGHT_PLACES]
+    return min(free, key=lambda gpu: len(on[gpu]), default=None)
 
 
 def _check_order(jobs: Mapping[str, Job]) -> None:

@@ -2,8 +2,8 @@
 
     python -m lab.results [--page PAGE] [RECORDS ...]
 
-RECORDS are folders; by default benchmarks/records, and lab/records if it is there. What is said about a
-section stands in lab/findings/KEY.md, written by hand; its numbers are in the tables beside it.
+RECORDS are folders; by default benchmarks/records, and lab/records with its ablations if they are there.
+What is said about a section stands in lab/findings/KEY.md, written by hand; its numbers are in the tables beside it.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lab import ROOT, bundled_tables, table
+from lab import ROOT, ablation_tables, bundled_tables, table
 from lab.command import exit_code
 from lab.page import Section, Shelf, draw_all, render
 from tidar.errors import TidarError
@@ -30,13 +30,16 @@ works: [lab](../lab/README.md).
 
 def standard_folders() -> list[Path]:
     """The repository's folders of records that are there."""
-    folders = (ROOT / "benchmarks" / "records", ROOT / "lab" / "records")
+    own = ROOT / "lab" / "records"
+    folders = (ROOT / "benchmarks" / "records", own, own / "ablations")
     return [folder for folder in folders if folder.is_dir()]
 
 
 def sections(shelf: Shelf) -> list[Section]:
     """All sections of the page whose records are there. Raises TidarError where none is."""
-    made = [*table.sections(shelf), *bundled_tables.sections(shelf)]
+    made = [
+        *table.sections(shelf), *ablation_tables.sections(shelf), *bundled_tables.sections(shelf),
+    ]  # fmt: skip
     if not made:
         raise TidarError("these folders have no record that the page tells of.")
     return made
