@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lab.ablation_plan import ablations
 from lab.command import exit_code
-from lab.page import Picture, Section, Shelf, draw_all, markdown_table, render
+from lab.page import Picture, Section, Shelf, draw_all, joined, markdown_table, render
 from lab.plan import FULL
 from tidar.bench.plot import new_figure, save_figure
 from tidar.errors import TidarError
@@ -84,9 +84,11 @@ def text_columns(record: Figures) -> dict[str, list[str]]:
     columns: dict[str, list[str]] = {
         name: [str(case["labels"][name]) for case in cases] for name in cases[0]["labels"]
     }
-    for heading, read in (("T/NFE, real text", REAL), ("T/NFE, own text", OWN)):
-        for domain in _domains(record):
-            columns[f"{heading}: {domain}"] = [_cell(read(case, domain), ".2f") for case in cases]
+    for domain in _domains(record):
+        columns[f"T/NFE, real · own text: {domain}"] = [
+            joined(_cell(REAL(case, domain), ".2f"), _cell(OWN(case, domain), ".2f"))
+            for case in cases
+        ]
     first = _domains(record)[0]
     columns[f"rows a step: {first}"] = [_cell(ROWS(case, first), ".0f") for case in cases]
     for domain in _domains(record):
@@ -99,12 +101,18 @@ def text_columns(record: Figures) -> dict[str, list[str]]:
 
 def _loss_columns(record: Figures) -> dict[str, list[str]]:
     """What the weights of each case say of held-out text."""
-    columns = {}
-    for domain in _domains(record):
-        of = [record["losses"][case["model"]][domain] for case in record["cases"]]
-        columns[f"bits per byte: {domain}"] = [_cell(each["bits_per_byte"], ".3f") for each in of]
-        columns[f"mask loss, K = {_slashed(of[0]['mask_loss'])}: {domain}"] = [
-            _mask_loss(each) for each in of
+    domains = _domains(record)
+    of = [
+        [record["losses"][case["model"]][domain] for domain in domains] for case in record["cases"]
+    ]
+    columns = {
+        f"bits per byte: {', '.join(domains)}": [
+            joined(*(_cell(each["bits_per_byte"], ".3f") for each in told)) for told in of
+        ]
+    }
+    for index, domain in enumerate(domains):
+        columns[f"mask loss, K = {_slashed(of[0][index]['mask_loss'])}: {domain}"] = [
+            _mask_loss(told[index]) for told in of
         ]
     return columns
 

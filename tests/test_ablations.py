@@ -179,9 +179,10 @@ def test_tables_and_figures_are_of_the_records_alone(name: str, out: Path, tmp_p
         assert row[: len(case["labels"])] == [str(value) for value in case["labels"].values()]
         if name == "labels":
             forced = case["domains"]["arithmetic"]["forced"]["tokens_per_forward"]
-            assert row[head.index("T/NFE, real text: arithmetic")] == f"{forced:.2f}"
+            cell = row[head.index("T/NFE, real · own text: arithmetic")]
+            assert cell.startswith(f"{forced:.2f} · ")
             bits = told["losses"][case["model"]]["python"]["bits_per_byte"]
-            assert row[head.index("bits per byte: python")] == f"{bits:.3f}"
+            assert row[head.index("bits per byte: python, arithmetic")].startswith(f"{bits:.3f} · ")
     assert (tmp_path / f"ablation_{name}.png").stat().st_size > 10_000
 
 
