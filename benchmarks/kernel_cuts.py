@@ -27,6 +27,7 @@ from tidar.hf_config import config_from_hf, read_json
 from tidar.kernels.attention import paged_attention
 from tidar.kernels.attention_launch import (
     MAX_SPLITS,
+    MOST_LANES,
     LaunchConfig,
     attention_workspace,
     default_splits,
@@ -144,14 +145,22 @@ def attention_cuts(rows: int, config: ModelConfig) -> Iterator[tuple[LaunchConfi
     """The default with its splits, then what is worth trying."""
     group, longest = config.num_heads // config.num_kv_heads, config.max_positions
     sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if CUDA else 4
-    first = launch_config(rows, group, config.head_dim, DTYPE.itemsize, longest=longest)
+    copies = CUDA and torch.cuda.get_device_capability(DEVICE) >= (9, 0)
+    first = launch_config(
+        rows, group, config.head_dim, DTYPE.itemsize, longest=longest, copies=copies
+    )
 
     def splits_of(cut: LaunchConfig) -> int:
         return default_splits(1, config.num_kv_heads, rows, group, cut, sms, longest=longest)
 
     yield first, max(2, splits_of(first))
     tiles = (16, 64) if rows * group <= 64 else (64, 128)
-    for tile_m, tile_n, stages, share in product(tiles, (32, 64), (2, 3, 5), (1, 2, 4)):
+    readers = [(by_copies, count) for by_copies in {False, copies} for count in (1, 2)]
+    for tile_m, tile_n, stages, share, (by_copies, per_sm) in product(
+        tiles, (32, 64), (2, 3, 5), (1, 2, 4), readers
+    ):
+        if tile_m * per_sm > MOST_LANES:
+            continue
         warps = 8 if tile_m == 128 else 4
         cut = replace(
             first,
@@ -160,7 +169,8 @@ def attention_cuts(rows: int, config: ModelConfig) -> Iterator[tuple[LaunchConfi
             num_warps=warps,
             num_stages=stages,
             min_share=share,
-            per_sm=1,
+            per_sm=per_sm,
+            copies=by_copies,
         )
         for splits in {splits_of(cut), splits_of(cut) // 2, 2 * splits_of(cut)}:
             yield cut, min(MAX_SPLITS, max(2, splits))

@@ -72,15 +72,14 @@ def part_jobs(parts: dict[str, frozenset[str]], out: Path, *, smoke: bool) -> li
     """Each part as a process of its own; what is measured and not timed is light."""
     known = ablations(SMOKE if smoke else FULL)
     options = ("--part", f"--out={out}", *(["--smoke"] if smoke else []))
-    return [
-        Job(
-            name,
-            (sys.executable, "-m", "lab.ablations", *options, name),
-            after,
-            light=name in known and not known[name].batches,
-        )
-        for name, after in parts.items()
-    ]
+
+    def job(name: str, before: frozenset[str]) -> Job:
+        command = (sys.executable, "-m", "lab.ablations", *options, name)
+        if name in known and known[name].batches:
+            return Job(name, command, behind=before)
+        return Job(name, command, before, light=name in known)
+
+    return [job(name, before) for name, before in parts.items()]
 
 
 def check_run(out: Path, *, smoke: bool) -> None:
@@ -103,7 +102,7 @@ def make_parser(known: dict[str, Ablation]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"all, or of {', '.join(known)}")
     parser.add_argument("--out", type=Path, required=True, help="OUT of lab.run")
-    parser.add_argument("--gpus", type=int, default=1, help="parts at a time, a GPU for each")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs for parts side by side")
     parser.add_argument("--smoke", action="store_true", help="all of it, tiny, on the CPU")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     return parser

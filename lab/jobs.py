@@ -20,7 +20,7 @@ from lab import ROOT
 from tidar.errors import TidarError
 
 POLL_SECONDS: Final = 0.05
-LIGHT_PLACES: Final = 5
+LIGHT_PLACES: Final = min(5, os.cpu_count() or 1)
 """Light commands at a time on a GPU that no other has."""
 
 GRACE_SECONDS: Final = 60.0
@@ -29,8 +29,9 @@ GRACE_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command. after: names of those that must have succeeded; names of no job count as done.
+    """A command. after: names of those that must have succeeded; behind: of those that must have ended, however.
 
+    Names of no job count as done.
     light: it waits for its processor more than for its GPU, so several may share one. (Not with one that is
     not: a GPU that processes share by time leaves either waiting.)
     """
@@ -38,6 +39,7 @@ class Job:
     name: str
     command: tuple[str, ...]
     after: frozenset[str] = frozenset()
+    behind: frozenset[str] = frozenset()
     light: bool = False
 
 
@@ -87,7 +89,12 @@ def run_jobs(jobs: Iterable[Job], gpus: Sequence[str], logs: Path) -> dict[str, 
                 for job in list(waiting.values()):
                     if lost := sorted(job.after & failed.keys()):
                         failed[waiting.pop(job.name).name] = f"not run, for want of {lost[0]}"
-                ready = [job for job in waiting.values() if (job.after & names) <= done]
+                ready = [
+                    job
+                    for job in waiting.values()
+                    if (job.after & names) <= done
+                    and not job.behind & (waiting.keys() | running.keys())
+                ]
                 for job in sorted(ready, key=lambda each: each.light):
                     gpu = _place(job, gpus, running)
                     if gpu is None and not job.light:
@@ -123,7 +130,7 @@ def _place(job: Job, gpus: Sequence[str], running: Mapping[str, _Running]) -> st
 def _check_order(jobs: Mapping[str, Job]) -> None:
     left = dict(jobs)
     while left:
-        ready = [name for name, job in left.items() if not job.after & left.keys()]
+        ready = [name for name, job in left.items() if not (job.after | job.behind) & left.keys()]
         if not ready:
             raise TidarError(f"these jobs wait for each other in a circle: {', '.join(left)}.")
         for name in ready:

@@ -25,7 +25,7 @@ TIMED: Final = (0.0, 1.0)
 
 __all__ = [
     "CONTENDERS", "TEMPERATURES", "TIMED", "bits_record", "decode_record", "is_python_so_far", "jobs", "measure_all",
-    "schedules_record", "speed_record",
+    "schedules_record", "speed_record", "tell_missing",
 ]  # fmt: skip
 
 Job = Callable[[], dict[str, Any]]
@@ -56,11 +56,16 @@ def jobs(out: Path, scale: Scale) -> dict[str, Job]:
     return found
 
 
-def measure_all(out: Path, scale: Scale) -> None:
-    """Write what is missing of OUT/records. A contender without its checkpoints is named and left out."""
+def tell_missing(out: Path) -> None:
+    """Names the contenders without their checkpoints, which are left out."""
     for name, contender in CONTENDERS.items():
         if missing := contender.missing(out):
             print(f"{name}: no checkpoint of {', '.join(missing)}; left out")
+
+
+def measure_all(out: Path, scale: Scale) -> None:
+    """Write what is missing of OUT/records. A contender without its checkpoints is named and left out."""
+    tell_missing(out)
     for name, job in jobs(out, scale).items():
         path = out / "records" / f"{name}.json"
         if not path.is_file():

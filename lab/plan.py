@@ -79,7 +79,7 @@ STAGES: Final[Mapping[str, Stage]] = {
     "eagle": Stage(
         what="an EAGLE-3 head for the twin", after="ar",
         # Its simulated steps see each other by dense masks: a quarter of a step at a time.
-        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS,
+        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS, "save_steps": 250,
                 "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
     ),
     "block-diffusion": Stage(

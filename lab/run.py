@@ -67,20 +67,23 @@ def measurements() -> dict[str, Part]:
 
 
 def predecessors() -> dict[str, frozenset[str]]:
-    """Every stage and part of one by name, and what must be done before it."""
+    """Every stage and part of one by name, and what must be done before it, or have ended (`in_the_end`)."""
     before = {"corpus": frozenset[str](), "tokenizer": frozenset({"corpus"})}
     before |= {
         name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
     }
-    untimed = frozenset(name for name, part in measurements().items() if not part.timed)
-    parts = {
-        name: part.stages | (untimed if part.timed else frozenset())
-        for name, part in measurements().items()
-    }
-    return {
-        **before, **parts,
-        "measure": frozenset({*STAGES, *parts}), "table": frozenset({"measure"}),
-    }  # fmt: skip
+    before |= {name: part.stages for name, part in measurements().items() if not part.timed}
+    everything = frozenset(before)
+    for name in in_the_end():
+        before[name] = everything
+        everything |= {name}
+    return before
+
+
+def in_the_end() -> tuple[str, ...]:
+    """Stages and parts that run one after the other when all others have ended, with what there is by then."""
+    timed = [name for name, part in measurements().items() if part.timed]
+    return (*timed, "measure", "table")
 
 
 def stage_config(name: str, out: Path, scale: Scale) -> TrainConfig:
@@ -162,6 +165,8 @@ def run_stage(name: str, out: Path, scale: Scale, texts: corpus.Texts) -> None:
 def measure_part(name: str, out: Path, scale: Scale) -> None:
     """The records of a part that are not there yet. One without its checkpoints is named and left out."""
     jobs = measure.jobs(out, scale)
+    if measurements()[name].timed:
+        measure.tell_missing(out)
     for record in measurements()[name].records:
         path = out / "records" / f"{record}.json"
         if record not in jobs:
@@ -181,18 +186,16 @@ def run_in_turn(names: Sequence[str], out: Path, scale: Scale, texts: corpus.Tex
 
 def stage_jobs(names: Sequence[str], options: Sequence[str]) -> list[Job]:
     """The stages as processes of their own, given the options of this one; of `measure` its parts as well."""
-    before = predecessors()
-    parts = measurements() if "measure" in names else {}
-    light = {name for name, part in parts.items() if not part.timed}
-    return [
-        Job(
-            name,
-            (sys.executable, "-m", "lab.run", *options, name),
-            before[name],
-            light=name in light,
-        )
-        for name in sorted({*names, *parts}, key=list(before).index)
-    ]
+    before, parts = predecessors(), measurements()
+    wanted = {*names, *(parts if "measure" in names else ())}
+
+    def job(name: str) -> Job:
+        command = (sys.executable, "-m", "lab.run", *options, name)
+        if name in in_the_end():
+            return Job(name, command, behind=before[name])
+        return Job(name, command, before[name], light=name in parts)
+
+    return [job(name) for name in sorted(wanted, key=list(before).index)]
 
 
 def report_failures(failed: Mapping[str, str]) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "bundled"
@@ -297,3 +298,11 @@ def test_prompt_files(tokenizer, name, count):
             assert (len(prompt), len(both)) == (256, 512)
         else:
             assert arithmetic.final_answer(row["continuation"]) == row["answer"]
+
+
+def test_places_are_those_of_every_repetition() -> None:
+    theirs = np.sort(np.array([3, 5, 5, 5, 8, 9, 9, 12], np.uint64))
+    for mine in ([5, 9], [3], [12], [3, 5, 8, 9, 12]):
+        values = np.array(mine, np.uint64)
+        there = np.flatnonzero(np.isin(theirs, values))
+        assert corpus._places(values, theirs).tolist() == there.tolist()

@@ -23,6 +23,7 @@ from tidar.kernels.attention_launch import (
     AttentionWorkspace,
     LaunchConfig,
     attention_workspace,
+    can_copy,
     default_splits,
     launch_config,
 )
@@ -200,14 +201,30 @@ def test_layouts_over_ragged_prefixes(kernel: ModuleType, name: str) -> None:
     check(kernel, case, config=COPIED)
 
 
-def test_tiles_are_copied_where_they_can_be(kernel: ModuleType) -> None:
-    """Not of odd head sizes, nor where pages do not follow each other in memory."""
+def test_tiles_are_copied_whole_or_not_at_all(kernel: ModuleType) -> None:
+    """Not of odd head sizes, nor of pages smaller than a tile or with gaps between them."""
     pages = torch.zeros(6, 2, 16, 16, device=DEVICE)
     assert kernel._tiles(pages, SMALL) is None
     assert kernel._tiles(pages, COPIED).block_shape == [16, 16]
-    assert kernel._tiles(pages[::2], COPIED) is None
-    assert kernel._tiles(torch.zeros(6, 2, 16, 24, device=DEVICE), COPIED) is None
-    assert kernel._tiles(torch.zeros(6, 2, 8, 16, device=DEVICE), COPIED) is None
+    for bad in (pages[:, :, :8].contiguous(), torch.zeros(6, 2, 16, 24, device=DEVICE)):
+        with pytest.raises(AssertionError):
+            kernel._tiles(bad, COPIED)
+    with pytest.raises(RuntimeError, match="view"):
+        kernel._tiles(pages[:, :1], COPIED)
+
+
+def test_what_can_be_copied() -> None:
+    hopper = 227 << 10
+    assert can_copy(128, 64, hopper)
+    assert can_copy(64, 128, hopper)
+    assert not can_copy(96, 64, hopper)
+    assert not can_copy(256, 64, hopper)  # its tiles are smaller
+    assert not can_copy(128, 32, hopper)
+    assert not can_copy(128, 64, 99 << 10)
+    assert launch_config(72, 4, 128, copies=True).copies
+    assert not launch_config(72, 4, 128).copies
+    assert not launch_config(72, 4, 128, copies=True, longest=SHORT_CONTEXT).copies
+    assert not launch_config(72, 4, 128, 4, copies=True).copies
 
 
 @pytest.mark.parametrize("splits", [2, 5])
@@ -232,15 +249,16 @@ def test_head_groups(kernel: ModuleType, heads: tuple[int, int]) -> None:
 def test_odd_head_sizes(kernel: ModuleType, head_dim: int) -> None:
     case = make_case(SINGLE, (3, 20), head_dim=head_dim)
     check_twin(case)
-    check(kernel, case, splits=2, config=COPIED)
+    check(kernel, case, splits=2)
 
 
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize(("page_size", "tile_n"), [(16, 64), (64, 16), (32, 32)])
+@pytest.mark.parametrize(
+    ("page_size", "tile_n", "copies"),
+    [(16, 64, False), (64, 16, False), (64, 16, True), (32, 32, False), (32, 32, True)],
+)
 def test_tiles_over_and_under_a_page(
     kernel: ModuleType, page_size: int, tile_n: int, copies: bool
 ) -> None:
-    """The copy engine reads no tile that lies in several pages."""
     config = dataclasses.replace(SMALL, tile_n=tile_n, tile_m=32, copies=copies)
     case = make_case(PRUNED, (16, 64, 75), page_size=page_size)
     check_twin(case)
@@ -262,9 +280,9 @@ def test_even_prefixes_of_one_row_need_no_mask() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_launch_defaults(rows: int, head_dim: int) -> None:
-    for group, longest, hopper in ((1, 4096, True), (6, 4096, False), (6, SHORT_CONTEXT, True)):
+    for group, longest, copies in ((1, 4096, True), (6, 4096, False), (6, SHORT_CONTEXT, True)):
         for itemsize in (2, 4):
-            config = launch_config(rows, group, head_dim, itemsize, longest=longest, hopper=hopper)
+            config = launch_config(rows, group, head_dim, itemsize, longest=longest, copies=copies)
             assert 16 <= config.tile_m <= 128
             assert config.tile_m & (config.tile_m - 1) == 0
             tiles = config.lane_tiles(rows, group)
@@ -282,10 +300,10 @@ def test_default_splits_fill_the_device() -> None:
     assert default_splits(1, 2, 1, 6, vector, 132) == MAX_SPLITS
     assert default_splits(1, 8, 1, 6, vector, 132) == 16
     assert default_splits(1, 8, 1, 6, vector, 132, longest=SHORT_CONTEXT) == SHORT_SPLITS
-    wide = launch_config(80, 6, 128)
+    wide = launch_config(80, 6, 128, copies=True)
     assert (wide.per_sm, wide.lane_tiles(80, 6), wide.copies) == (1, 8, True)
     assert default_splits(1, 2, 80, 6, wide, 132) == 132 // 16
-    paired = launch_config(80, 6, 128, hopper=False)
+    paired = launch_config(80, 6, 128)
     assert (paired.per_sm, paired.copies) == (2, False)
     assert default_splits(1, 2, 80, 6, paired, 132) == 2 * 132 // 16
     assert default_splits(64, 8, 80, 6, wide, 132) == 1

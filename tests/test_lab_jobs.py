@@ -127,6 +127,19 @@ def test_an_interrupt_stops_every_child(tmp_path: Path, number: signal.Signals) 
     assert not (tmp_path / "never").exists()
 
 
+def test_what_waits_for_an_end_runs_after_a_failure_too(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    jobs = [
+        replace(job("last", noted(notes, "last")), behind=frozenset({"bad", "lost", "good"})),
+        job("bad", "raise SystemExit(3)"),
+        job("lost", noted(notes, "lost"), "bad"),
+        job("good", noted(notes, "good")),
+    ]
+    assert set(run_jobs(jobs, ["0", "1"], tmp_path)) == {"bad", "lost"}
+    told = [line.split()[:2] for line in notes.read_text().splitlines()]
+    assert told == [["begin", "good"], ["end", "good"], ["begin", "last"], ["end", "last"]]
+
+
 def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.predecessors()
     for name, stage in plan.STAGES.items():
@@ -134,7 +147,8 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert before["measure-speculative"] == {"ar", "draft"}
     assert before["bits-llada"] == {"llada"}
     assert before["schedules-forced"] == {"tidar"}
-    assert before["speed-t1"] == before["speed-t0"] > {"eagle", "bits-llada", "schedules-free"}
+    assert before["speed-t0"] > {"eagle", "bits-llada", "schedules-free"}
+    assert before["speed-t1"] == before["speed-t0"] | {"speed-t0"}, "speeds are taken alone"
     jobs = run.stage_jobs(["measure", "table"], ["--out=x"])
     assert {each.name for each in jobs if not each.light} == {
         "speed-t0",
@@ -143,7 +157,9 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "table",
     }
     assert [each.name for each in jobs][-2:] == ["measure", "table"]
-    assert {each.name for each in jobs[:-2]} == set(run.measurements()) <= jobs[-2].after
+    assert {each.name for each in jobs[:-2]} == set(run.measurements()) <= jobs[-2].behind
+    (alone,) = run.stage_jobs(["bits-ar"], [])
+    assert alone.light
     assert jobs[0].command[1:] == ("-m", "lab.run", "--out=x", jobs[0].name)
     with pytest.raises(TidarError, match="in a circle: a, b"):
         run_jobs([job("a", "", "b"), job("b", "", "a")], ["0"], tmp_path)

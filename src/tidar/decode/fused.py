@@ -56,7 +56,9 @@ class FusedBackend:
             self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
             self.shared_memory = parts.device_shared_memory(self.device)
             self.pdl = torch.cuda.get_device_capability(self.device) >= HOPPER
-        self.attention = FusedAttention(model, cache, sms=self.sms, pdl=self.pdl)
+        self.attention = FusedAttention(
+            model, cache, sms=self.sms, shared_memory=self.shared_memory, pdl=self.pdl
+        )
         self.aligned = all(
             parts.aligned(matrix.weight)
             for layer in self.layers

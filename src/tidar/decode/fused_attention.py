@@ -9,6 +9,7 @@ from tidar.kernels.attention import paged_attention
 from tidar.kernels.attention_launch import (
     LaunchConfig,
     attention_workspace,
+    can_copy,
     default_splits,
     launch_config,
 )
@@ -28,9 +29,11 @@ class Step:
 
 
 class FusedAttention:
-    """For one stream at a time. sms: multiprocessors of the GPU."""
+    """For one stream at a time. sms, shared_memory: multiprocessors of the GPU, bytes of each for a program."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, *, sms: int, pdl: bool) -> None:
+    def __init__(
+        self, model: Transformer, cache: PagedCache, *, sms: int, shared_memory: int, pdl: bool
+    ) -> None:
         self.cache, self.config = cache, model.config
         self.sms, self.pdl = sms, pdl
         weight = next(model.parameters())
@@ -39,6 +42,8 @@ class FusedAttention:
         self.cos, self.sin = (
             table.flatten(0, 2).contiguous() for table in model.rotary(places, self.dtype)
         )
+        # Programmatic launches and the copy engine came with the same GPUs.
+        self.copies = pdl and can_copy(self.config.head_dim, cache.page_size, shared_memory)
         self.workspace = attention_workspace(sms, self.config.head_dim, self.device)
 
     def __call__(
@@ -100,9 +105,9 @@ class FusedAttention:
         """How attention over steps of this width is cut up."""
         config = self.config
         group = config.num_heads // config.num_kv_heads
-        longest, hopper = config.max_positions, self.pdl
+        longest, copies = config.max_positions, self.copies
         return launch_config(
-            width, group, config.head_dim, self.dtype.itemsize, longest=longest, hopper=hopper
+            width, group, config.head_dim, self.dtype.itemsize, longest=longest, copies=copies
         )
 
     def _splits(self, batch: int, width: int, cut: LaunchConfig) -> int:

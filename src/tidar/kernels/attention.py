@@ -382,14 +382,14 @@ def _launch(
 
 
 def _tiles(pages: Tensor, config: LaunchConfig) -> TensorDescriptor | None:
-    """The pages as the copy engine reads a tile of them; None where it cannot, or is not asked to."""
+    """The pages as the copy engine reads a tile of them; None where it is not to."""
+    if not config.copies:
+        return None
     page_size, head_dim = pages.shape[2:]
-    whole = config.tile_n <= page_size and head_dim == triton.next_power_of_2(head_dim) >= 16
-    if not (config.copies and whole and pages.is_contiguous()):
-        return None
-    vectors = pages.view(-1, head_dim)
-    if not aligned(vectors):
-        return None
+    assert config.tile_n <= page_size, (config.tile_n, page_size)
+    assert head_dim == triton.next_power_of_2(head_dim) >= 16, head_dim
+    vectors = pages.view(-1, head_dim)  # raises for pages with gaps between them
+    assert aligned(vectors), (pages.shape, pages.stride())
     return TensorDescriptor.from_tensor(vectors, [config.tile_n, head_dim])
 
 

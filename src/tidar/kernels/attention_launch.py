@@ -11,6 +11,9 @@ MAX_SPLITS = 32
 MOST_LANES = 128
 """Lanes of the largest tile."""
 
+COPIED_TILE, COPIED_MEMORY = 64, 160 << 10
+"""Keys of a tile that is read by the copy engine; bytes for the tiles in flight of 64 lanes, heads of 128."""
+
 SHORT_CONTEXT, SHORT_SPLITS = 2048, 8
 """Positions up to which a model's contexts count as short, and the most splits there."""
 
@@ -23,7 +26,7 @@ class LaunchConfig:
     at least 16. num_stages: tiles of page numbers and of keys in flight each take half of it, so 2 n + 1
     keeps n tiles of keys and values in flight. min_share: the fewest tiles of keys that make a split.
     per_sm: programs that a multiprocessor may be given where keys are split; times tile_m at most 128, what
-    a workspace has room for. copies: the GPU's copy engine reads the tiles of the prefix, where it can.
+    a workspace has room for. copies: the GPU's copy engine reads the tiles of the prefix, see `can_copy`.
     """
 
     tile_m: int
@@ -39,6 +42,15 @@ class LaunchConfig:
         return _tiles(rows * group, self.tile_m)
 
 
+def can_copy(head_dim: int, page_size: int, shared_memory: int) -> bool:
+    """Whether a GPU with a copy engine (Hopper or later) should read the prefix by it.
+
+    A tile of keys lies in one page, vectors are a power of two long, and `shared_memory` bytes hold a program.
+    """
+    whole = page_size >= COPIED_TILE and head_dim in (16, 32, 64, 128)
+    return whole and shared_memory >= COPIED_MEMORY
+
+
 def launch_config(
     rows: int,
     group: int,
@@ -46,13 +58,12 @@ def launch_config(
     itemsize: int = 2,
     *,
     longest: int = 1 << 20,
-    hopper: bool = True,
+    copies: bool = False,
 ) -> LaunchConfig:
     """Defaults, measured on one H200; `dataclasses.replace` varies them.
 
     rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; longest:
-    positions of the model, as one cut serves all contexts. hopper: whether the GPU has a Hopper's copy engine
-    and shared memory.
+    positions of the model, as one cut serves all contexts. copies: whether `can_copy`.
     """
     lanes = rows * group
     if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
@@ -61,7 +72,7 @@ def launch_config(
     tile_m = 128 if lanes > 1024 and not wide else 16 if lanes <= 16 else 64
     # With short contexts a program has few tiles: what counts is how soon the first one is there.
     short = longest <= SHORT_CONTEXT
-    copies = hopper and not short and not wide and tile_m < 128
+    copies = copies and not short and tile_m < 128
     # What is not read ahead by copies: two small programs to a multiprocessor, one computes while one waits.
     paired = tile_m == 64 and not short and not copies
     stages = 5 if copies or (tile_m == 16 and not short) else 3 if tile_m == 16 else 2
