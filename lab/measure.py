@@ -18,17 +18,23 @@ from lab.speeds import speed_record
 from tidar.bench.record import write_record
 
 TEMPERATURES: Final = (0.0, 0.7, 1.0)
-"""Of quality."""
+"""Of quality; see `temperatures_of`."""
 
 TIMED: Final = (0.0, 1.0)
 """Of speeds."""
 
 __all__ = [
     "CONTENDERS", "TEMPERATURES", "TIMED", "bits_record", "decode_record", "is_python_so_far", "jobs", "measure_all",
-    "schedules_record", "speed_record", "tell_missing",
+    "schedules_record", "speed_record", "tell_missing", "temperatures_of",
 ]  # fmt: skip
 
 Job = Callable[[], dict[str, Any]]
+
+
+def temperatures_of(contender: str) -> tuple[float, ...]:
+    """Those at which its quality is measured: all for AR and TiDAR, the two ends for the others."""
+    own = CONTENDERS[contender].stage in ("ar", "tidar") and not CONTENDERS[contender].helper
+    return TEMPERATURES if own else (TEMPERATURES[0], TEMPERATURES[-1])
 
 
 def jobs(out: Path, scale: Scale) -> dict[str, Job]:
@@ -41,7 +47,7 @@ def jobs(out: Path, scale: Scale) -> dict[str, Job]:
     }
     present = [name for name, each in CONTENDERS.items() if not each.missing(out)]
     for name in present:
-        for temperature in TEMPERATURES:
+        for temperature in temperatures_of(name):
             found[f"{name}_t{temperature:g}"] = partial(
                 decode_record, out, name, temperature, scale
             )

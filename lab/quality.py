@@ -19,6 +19,9 @@ from tidar.decode.spec import MethodSpec, parse_method
 from tidar.tokens import Tokenizer
 from tidar.weights import Checkpoint
 
+SCORES: Final = {"python": "valid_python", "arithmetic": "exact_match", "words": "exact_match"}
+"""The figure that says what a domain's texts are worth; prose has none."""
+
 LEFT_OUT: Final = (
     "step_milliseconds", "decode_tokens_per_second", "tokens_per_second", "runs", "prompts",
     "end_of_text_rate", "same_in_every_run",

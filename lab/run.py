@@ -55,7 +55,7 @@ def measurements() -> dict[str, Part]:
         for stage in dict.fromkeys(each.stage for each in measure.CONTENDERS.values())
     }
     for name, each in measure.CONTENDERS.items():
-        records = tuple(f"{name}_t{temperature:g}" for temperature in measure.TEMPERATURES)
+        records = tuple(f"{name}_t{temperature:g}" for temperature in measure.temperatures_of(name))
         needed = frozenset(stage for stage in (each.stage, each.helper) if stage)
         parts[f"measure-{name}"] = Part(records, needed)
     for kind in ("free", "forced"):

@@ -12,7 +12,7 @@ from typing import Any, Final
 from lab import corpus
 from lab.contenders import EVERYONE, Contender, draft_lens, lab_record, open_checkpoint
 from lab.plan import Scale
-from lab.quality import short_name
+from lab.quality import SCORES, short_name
 from tidar.bench.measure import (
     WARM_UP_TOKENS,
     AnyEngine,
@@ -50,7 +50,7 @@ class Entrant:
 
 
 def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
-    """Speeds of all contenders whose checkpoints are there, by domain and name."""
+    """Speeds of all contenders whose checkpoints are there, by domain and name: where texts have a score."""
     present = {name: each for name, each in EVERYONE.items() if not each.missing(out)}
     stages = dict.fromkeys(each.stage for each in present.values())
     opened = {stage: open_checkpoint(out, stage) for stage in stages}
@@ -61,6 +61,7 @@ def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
             out / "data" / f"{domain}_prompts.jsonl", tokenizer, first.model, scale.timed_prompts
         ).prompts
         for domain in corpus.domains(out / "data")
+        if domain in SCORES
     }
     every = [prompt for some in prompts.values() for prompt in some]
     entrants = {

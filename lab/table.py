@@ -24,12 +24,10 @@ from lab.page import (
     render,
     speed_cell,
 )
+from lab.quality import SCORES
 from tidar.errors import TidarError
 
 COMMAND: Final = "python -m lab.run --out runs/lab --shared SOURCES"
-
-SCORES: Final = {"python": "valid_python", "arithmetic": "exact_match", "words": "exact_match"}
-"""The figure that says what a domain's texts are worth; prose has none."""
 
 SCORE_NAMES: Final = {"valid_python": "valid Python so far", "exact_match": "exact match"}
 
@@ -302,7 +300,7 @@ def _speed_picture(shelf: Shelf) -> Picture | None:
         return None
 
     def over_ar(name: str, domain: str) -> float | None:
-        told = timed["domains"][domain].get(name)
+        told = timed["domains"].get(domain, {}).get(name)
         return told["over_ar"]["median"] if told and told["over_ar"] else None
 
     panels = _points(decoded(shelf, 0.0), over_ar)
