@@ -30,10 +30,17 @@ from tidar.kernels.attention_launch import (
     MOST_LANES,
     LaunchConfig,
     attention_workspace,
+    can_copy,
     default_splits,
     launch_config,
 )
-from tidar.kernels.parts import PartsConfig, default_config, gated_linear, linear_parts
+from tidar.kernels.parts import (
+    PartsConfig,
+    default_config,
+    device_shared_memory,
+    gated_linear,
+    linear_parts,
+)
 from tidar.layout import build_tail
 from tidar.model import ModelConfig
 
@@ -145,7 +152,11 @@ def attention_cuts(rows: int, config: ModelConfig) -> Iterator[tuple[LaunchConfi
     """The default with its splits, then what is worth trying."""
     group, longest = config.num_heads // config.num_kv_heads, config.max_positions
     sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if CUDA else 4
-    copies = CUDA and torch.cuda.get_device_capability(DEVICE) >= (9, 0)
+    copies = (
+        CUDA
+        and torch.cuda.get_device_capability(DEVICE) >= (9, 0)
+        and can_copy(config.head_dim, PAGE, device_shared_memory(torch.device(DEVICE)))
+    )
     first = launch_config(
         rows, group, config.head_dim, DTYPE.itemsize, longest=longest, copies=copies
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lab.ablation_plan import ablations
 from lab.command import exit_code
-from lab.page import Picture, Section, Shelf, draw_all, joined, markdown_table, render
+from lab.page import Picture, Section, Shelf, joined, markdown_table, write_page
 from lab.plan import FULL
 from tidar.bench.plot import new_figure, save_figure
 from tidar.errors import TidarError
@@ -340,13 +340,9 @@ def _name_points(panels: "Sequence[Axes]", record: Figures, domains: Sequence[st
 def write(records: Path, out: Path) -> None:
     """Write OUT/ablations.md and its pictures. Raises TidarError without records or matplotlib."""
     shelf = Shelf(records)
-    made = sections(shelf)
-    if not made:
+    if not (made := sections(shelf)):
         raise TidarError(f"{records} has no records of ablations: run lab.ablations first.")
-    page = out / "ablations.md"
-    page.write_text(render(made, shelf, page, out, None), encoding="utf-8")
-    draw_all(made, out)
-    print(f"wrote {page} and its pictures")
+    write_page(made, shelf, out / "ablations.md")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -144,3 +144,10 @@ def draw_all(sections: Sequence[Section], pictures: Path) -> None:
         for picture in section.pictures:
             pictures.mkdir(parents=True, exist_ok=True)
             picture.draw(pictures / picture.name)
+
+
+def write_page(sections: Sequence[Section], shelf: Shelf, page: Path) -> None:
+    """Writes a page without findings, and its pictures beside it. Raises TidarError without matplotlib."""
+    page.write_text(render(sections, shelf, page, page.parent, None), encoding="utf-8")
+    draw_all(sections, page.parent)
+    print(f"wrote {page} and its pictures")

@@ -40,7 +40,7 @@ ORDER: Final = ("corpus", "tokenizer", *STAGES, "measure", "table")
 class Part:
     """Records of `measure`, and the names of the stages that they need.
 
-    timed: taken when nothing else runs; what runs beside the others does not change them.
+    timed: taken when nothing else runs, of what is there by then; what runs beside the others does not change them.
     """
 
     records: tuple[str, ...]
@@ -62,7 +62,7 @@ def measurements() -> dict[str, Part]:
         parts[f"schedules-{kind}"] = Part((f"schedules_{kind}",), frozenset({"tidar"}))
     for temperature in measure.TIMED:
         record = f"speed_t{temperature:g}"
-        parts[record.replace("_", "-")] = Part((record,), frozenset(STAGES), timed=True)
+        parts[record.replace("_", "-")] = Part((record,), frozenset(), timed=True)
     return parts
 
 
@@ -213,9 +213,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, help="folder of shared data, see lab/README.md")
     parser.add_argument("--prose", type=Path, nargs="*", default=[], help="text files or folders")
     parser.add_argument("--packages", type=Path, nargs="*", help="folders of installed packages")
-    parser.add_argument(
-        "--gpus", type=int, default=1, help="stages at a time, each on a GPU of its own"
-    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs for stages side by side")
     parser.add_argument("--smoke", action="store_true", help="all of it, tiny, on the CPU")
     return parser
 

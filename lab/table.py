@@ -17,12 +17,11 @@ from lab.page import (
     Picture,
     Section,
     Shelf,
-    draw_all,
     joined,
     markdown_table,
     number,
-    render,
     speed_cell,
+    write_page,
 )
 from lab.quality import SCORES
 from tidar.errors import TidarError
@@ -314,13 +313,9 @@ def _speed_picture(shelf: Shelf) -> Picture | None:
 def write(records: Path, out: Path) -> None:
     """Write OUT/table.md and its pictures. Raises TidarError without records or matplotlib."""
     shelf = Shelf(records)
-    made = sections(shelf)
-    if not made:
+    if not (made := sections(shelf)):
         raise TidarError(f"{records} has no records: run the stage measure first.")
-    page = out / "table.md"
-    page.write_text(render(made, shelf, page, out, None), encoding="utf-8")
-    draw_all(made, out)
-    print(f"wrote {page} and its pictures")
+    write_page(made, shelf, out / "table.md")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,236 +1,17 @@
-"""The measured plan: its arithmetic against simulation, and its habits on simulated texts."""
+"""The habits of the measured plan on simulated texts."""
 
 import random
 from collections.abc import Iterable
-from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from models import ar_text, random_model, random_prompt, run_engine
-from numpy.typing import NDArray
-from scripted import scripted, varied
+from drafting import DEAR, FREE, Floats, accept, carry_on, fading, simulate
 
-from tidar.decode.costs import StepCosts, measure_costs, step_rows
-from tidar.decode.engine import Engine, FixedPlan
-from tidar.decode.experience import Acceptance, Rejoined
+from tidar.decode.costs import StepCosts, step_rows
 from tidar.decode.plan import MeasuredPlan
-from tidar.decode.rates import Chain, candidate_schedules, learned_span_set, next_shift
-from tidar.decode.request import Request, StepEvent
-from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
-from tidar.methods.tidar import Tidar
-from tidar.sampling import SamplingParams
-
-Floats = NDArray[np.float64]
-
-FREE = StepCosts((1, 400), (0.010, 0.011))
-"""Rows cost almost nothing."""
-
-DEAR = StepCosts((1, 101), (0.010, 1.010))
-"""Every row costs as much as an AR step."""
-
-
-def fading(first: float, last: float, depth: int = 64) -> Floats:
-    """Acceptance by depth, from `first` at depth 1 down to `last`."""
-    return np.concatenate([[1.0], np.linspace(first, last, depth)])
-
-
-def accept(
-    rng: random.Random, survival: Floats, shift: int, drafted: int, rejoined: float = 1.0
-) -> int:
-    """How many of `drafted` tokens commit; the one at index i is that of span row shift + i.
-
-    rejoined: what the first one of a shifted draft passes by, over what its row says.
-    """
-    accepted, factor = 1, rejoined if shift else 1.0
-    while accepted < drafted and rng.random() < factor * survival[shift + accepted]:
-        accepted, factor = accepted + 1, 1.0
-    return accepted
-
-
-def carry_on(schedule: Schedule, drafted: int, accepted: int) -> tuple[int, int]:
-    """Shift and length of the next draft, by the rule of the design, section 4, step 3."""
-    if schedule.draft_len == 1:
-        return 0, 1
-    if schedule.half == "verify":
-        return schedule.draft_len - 1, 1
-    anchors = [n for n in schedule.span_set if n <= drafted] or [1]
-    earlier = [n for n in anchors if n <= accepted]
-    if not earlier:
-        return schedule.draft_len - 1, 1
-    shift = accepted - max(earlier)
-    return shift, schedule.draft_len - shift
-
-
-# --- arithmetic ---
-
-
-@pytest.mark.parametrize(
-    ("schedule", "survival"),
-    [
-        (Schedule(2, (1, 2)), fading(0.5, 0.5)),
-        (Schedule(4, (1,)), fading(0.9, 0.6)),
-        (Schedule(4, (2, 4)), fading(0.8, 0.8)),
-        (Schedule(8, (1, 2, 4, 8)), fading(0.7, 0.2)),
-        (Schedule(8, ()), fading(0.9, 0.9)),
-        (Schedule(16, (1, 2, 3, 5, 8, 16)), fading(0.97, 0.9)),
-        (dense_schedule(16), fading(0.98, 0.95)),
-        (Schedule(16, (16,)), fading(0.97, 0.97)),
-        (two_forward(2), fading(0.7, 0.7)),
-        (two_forward(8), fading(0.9, 0.5)),
-        (AUTOREGRESSIVE, fading(0.9, 0.9)),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Schedule) else "",
-)
-def test_rate_is_what_a_simulation_of_the_step_rule_gives(
-    schedule: Schedule, survival: Floats
-) -> None:
-    costs = StepCosts((1, 100, 200), (0.01, 0.03, 0.08))
-    rng = random.Random(0)
-    shift, drafted, step = 0, schedule.draft_len, schedule
-    tokens, seconds = 0, 0.0
-    for _ in range(60_000):
-        drafted = 1 if step.half == "draft" else drafted
-        spans = 0 if step.half == "verify" else len([n for n in step.span_set if n <= drafted]) or 1
-        rows = drafted + (spans * schedule.draft_len if schedule.draft_len > 1 else 0)
-        accepted = accept(rng, survival, shift, drafted)
-        tokens += accepted
-        seconds += float(np.interp(rows, (1, 100, 200, 300), (0.01, 0.03, 0.08, 0.13)))
-        shift, drafted = carry_on(step, drafted, accepted)
-        step = step.after(step)
-    rate = Chain(schedule).rate(survival, costs)
-    assert rate == pytest.approx(tokens / seconds, rel=0.02)
-
-
-def simulate(
-    schedule: Schedule, survival: Floats, costs: StepCosts, rejoined: float, steps: int = 40_000
-) -> float:
-    """Tokens per second of steps that have the rows of a full draft, whatever it holds."""
-    rng, tokens, shift, drafted = random.Random(0), 0, 0, schedule.draft_len
-    for _ in range(steps):
-        accepted = accept(rng, survival, shift, drafted, rejoined)
-        tokens += accepted
-        shift, drafted = carry_on(schedule, drafted, accepted)
-    return tokens / (steps * costs.of(step_rows(schedule, schedule.draft_len)))
-
-
-@pytest.mark.parametrize("anchors", [(1,), (1, 2, 4, 8)])
-def test_rate_where_shifted_drafts_begin_badly(anchors: tuple[int, ...]) -> None:
-    costs, survival = StepCosts((1, 300), (0.010, 0.020), fixed_shape=True), fading(0.9, 0.7)
-    chain, seen = Chain(Schedule(8, anchors)), Rejoined(7)
-    for shift in range(1, 7):
-        for index in range(4000):
-            expected = survival[shift + 1]
-            seen.observe(shift, (index * 7919) % 4000 < 0.4 * expected * 4000, expected)
-    first = seen.first(survival[:8])
-    assert first[1:7] == pytest.approx(0.4 * survival[2:8], rel=0.25)  # it remembers 100 trials
-    rate = chain.rate(survival, costs, np.append(survival[1:2], 0.4 * survival[2:9]))
-    assert rate == pytest.approx(simulate(chain.schedule, survival, costs, 0.4), rel=0.02)
-    assert rate < 0.95 * chain.rate(survival, costs)
-
-
-def test_costs_between_and_beyond_the_points() -> None:
-    costs = StepCosts((1, 11, 21), (1.0, 2.0, 5.0))
-    assert costs([1, 6, 11, 16, 31]).tolist() == [1.0, 1.5, 2.0, 3.5, 8.0]
-
-
-def test_candidates() -> None:
-    found = candidate_schedules((4, 16))
-    assert len(set(found)) == len(found)
-    assert AUTOREGRESSIVE in found
-    for draft_len in (4, 16):
-        assert Schedule(draft_len, (1,)) in found
-        assert dense_schedule(draft_len) in found
-        assert two_forward(draft_len) in found
-    assert {schedule.draft_len for schedule in found} == {1, 4, 16}
-
-
-@pytest.mark.parametrize("spans", [(1,), (1, 3), (2,), (4, 6), (), (1, 2, 4), (1, 2, 3, 4, 5, 6)])
-def test_next_shift_is_what_the_engine_does(spans: tuple[int, ...]) -> None:
-    """Over forced accept counts of all sizes, the engine's next draft is as long as the plan thinks."""
-    model, schedule = random_model("llama"), Schedule(6, spans)
-    prompt = random_prompt(model, 4, 5)
-    params = SamplingParams(seed=5)
-    text = ar_text(model, prompt, 90, params)
-    method = scripted(model, {5: text.all}, varied(6))
-    (run,) = run_engine(
-        Engine(model, method, FixedPlan(schedule), max_batch=1),
-        [Request(prompt=prompt, max_new_tokens=80, params=params)],
-    )
-    left, compared = 79, set()
-    steps = list(zip(run.drafted, run.accepts, strict=True))
-    for (drafted, accepted), (following, _) in pairwise(steps):
-        left -= accepted
-        if left >= 6:
-            shift = next_shift(schedule, drafted, accepted)
-            assert shift == carry_on(schedule, drafted, accepted)[0]
-            assert following == 6 - shift
-            compared.add((drafted, accepted))
-    assert len(compared) > 5
-    assert next_shift(AUTOREGRESSIVE, 1, 1) == 0
-
-
-def test_learned_span_set_is_as_good_as_the_best_of_its_size() -> None:
-    costs = StepCosts((1, 100), (0.010, 0.012))
-    survival = fading(0.9, 0.9)
-    rates = {}
-    for size in (1, 2, 3):
-        learned = learned_span_set(survival, 8, costs, most=size)
-        assert len(learned) == size
-        assert learned[0] == 1
-        every = [Schedule(8, (1, *more)) for more in combinations(range(2, 9), size - 1)]
-        best = max(Chain(schedule).rate(survival, costs) for schedule in every)
-        rates[size] = Chain(Schedule(8, learned)).rate(survival, costs)
-        assert rates[size] >= 0.99 * best
-    assert rates[1] < rates[2] < rates[3]
-    assert learned_span_set(survival, 8, DEAR) == (1,)  # no span pays
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-def test_tries_are_judged_when_their_outcome_is_known(lag: int) -> None:
-    """A text that has become easy is drafted for again, also when events come a step late."""
-    costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))
-    plan = MeasuredPlan(costs, lag=lag)
-    text = Simulated(plan, lag, lag=lag)
-    text.run(fading(0.0, 0.0), 1500)
-    schedules, _ = text.run(fading(0.95, 0.9), 1500)
-    assert drafting(schedules[1000:]) > 0.9
-
-
-def test_acceptance_estimates_converge() -> None:
-    truth, rng = fading(0.95, 0.4, 15), random.Random(1)
-    acceptance = Acceptance(15, memory=0.999)
-    schedule = Schedule(16, (1, 2, 4, 8))
-    shift, drafted = 0, 16
-    for _ in range(20_000):
-        accepted = accept(rng, truth, shift, drafted)
-        acceptance.observe(shift, drafted, accepted)
-        shift, drafted = carry_on(schedule, drafted, accepted)
-    tried = np.array(acceptance.tried[1:]) > 300
-    assert tried.sum() > 5
-    for found in (acceptance.estimate(truth, 1.0), acceptance.smoothed()):
-        assert np.abs(found - truth)[1:][tried].max() < 0.06
-    # And what it is told last weighs most.
-    for _ in range(3000):
-        acceptance.observe(0, 2, 1)
-    assert acceptance.smoothed()[1] < 0.1
-    acceptance.forget(2.0)
-    assert max(acceptance.tried) <= 2.0 + 1e-9
-
-
-def test_measured_costs_rise_with_the_rows() -> None:
-    model = random_model("qwen3")
-    mask = model.config.mask_token_id
-    assert mask is not None
-    costs = measure_costs(model, Tidar(mask), max_draft_len=16, repeats=2)
-    assert list(costs.rows) == sorted(set(costs.rows))
-    assert costs.rows[0] == 1
-    assert costs.rows[-1] == 16 + 16 * 16
-    assert all(a <= b for a, b in pairwise(costs.seconds))
-    assert costs.seconds[0] > 0
-
-
-# --- habits ---
+from tidar.decode.request import StepEvent
+from tidar.layout import AUTOREGRESSIVE, Schedule
 
 
 class Simulated:
@@ -452,3 +233,14 @@ def test_tries_stay_within_their_share_of_all_steps(batch: int) -> None:
                 del left[request_id]
     assert drafted <= 4 + 0.021 * (steps + next_id)
     assert not plan.active - set(left)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tries_are_judged_when_their_outcome_is_known(lag: int) -> None:
+    """A text that has become easy is drafted for again, also when events come a step late."""
+    costs = StepCosts((1, 20, 100), (0.010, 0.013, 0.020))
+    plan = MeasuredPlan(costs, lag=lag)
+    text = Simulated(plan, lag, lag=lag)
+    text.run(fading(0.0, 0.0), 1500)
+    schedules, _ = text.run(fading(0.95, 0.9), 1500)
+    assert drafting(schedules[1000:]) > 0.9
