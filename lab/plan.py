@@ -12,10 +12,10 @@ from typing import Any, Final
 from lab import ROOT
 from lab.corpus import Sizes
 
-BASE_STEPS, OWN_STEPS = 1000, 1200
-"""Of 131,072 clean tokens: 131 M for the base, 157 M more for each contender."""
+BASE_STEPS, OWN_STEPS = 1000, 1000
+"""Of 131,072 clean tokens: 131 M for the base, as many more for each contender."""
 
-EAGLE_STEPS = 500
+EAGLE_STEPS = 400
 """Of the EAGLE head, beside those that the twin has seen: its weights are no part of the twin's."""
 
 COMMON: Final[Mapping[str, Any]] = {
@@ -79,7 +79,7 @@ STAGES: Final[Mapping[str, Stage]] = {
     "eagle": Stage(
         what="an EAGLE-3 head for the twin", after="ar",
         # Its simulated steps see each other by dense masks: a quarter of a step at a time.
-        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS, "save_steps": 250,
+        values={**CONTINUED, "objective": "eagle", "max_steps": EAGLE_STEPS, "save_steps": 200,
                 "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
     ),
     "block-diffusion": Stage(

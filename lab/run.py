@@ -40,7 +40,8 @@ ORDER: Final = ("corpus", "tokenizer", *STAGES, "measure", "table")
 class Part:
     """Records of `measure`, and the names of the stages that they need.
 
-    timed: taken when nothing else runs, of what is there by then; what runs beside the others does not change them.
+    timed: taken when nothing but its like runs, each on a GPU of its own, of what is there by then; what runs beside
+    the others does not change them.
     """
 
     records: tuple[str, ...]
@@ -73,16 +74,16 @@ def predecessors() -> dict[str, frozenset[str]]:
         name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
     }
     before |= {name: part.stages for name, part in measurements().items() if not part.timed}
-    everything = frozenset(before)
-    for name in in_the_end():
-        before[name] = everything
-        everything |= {name}
+    timed = in_the_end()[:-2]
+    before |= dict.fromkeys(timed, frozenset(before))
+    for name in ("measure", "table"):
+        before[name] = frozenset(before)
     return before
 
 
 def in_the_end() -> tuple[str, ...]:
-    """Stages and parts that run one after the other when all others have ended, with what there is by then."""
-    timed = [name for name, part in measurements().items() if part.timed]
+    """Stages and parts that run when all others have ended, with what there is by then; the last two in turn."""
+    timed = (name for name, part in measurements().items() if part.timed)
     return (*timed, "measure", "table")
 
 
