@@ -14,7 +14,7 @@ MOST_LANES = 128
 COPIED_TILE, COPIED_MEMORY = 64, 160 << 10
 """Keys of a tile that is read by the copy engine; bytes for the tiles in flight of 64 lanes, heads of 128."""
 
-FEW_PROGRAMS, FEW_STAGES = 16, 2
+FEW_PROGRAMS, FEW_STAGES = 0, 2
 """Programs before keys are split up to which two with so many stages share a multiprocessor, copies or not."""
 
 SHORT_CONTEXT, SHORT_SPLITS = 2048, 8
