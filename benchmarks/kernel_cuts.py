@@ -158,9 +158,8 @@ def attention_cuts(rows: int, config: ModelConfig) -> Iterator[tuple[LaunchConfi
         and can_copy(config.head_dim, PAGE, device_shared_memory(torch.device(DEVICE)))
     )
     first = launch_config(
-        rows, group, config.head_dim, DTYPE.itemsize,
-        heads=config.num_kv_heads, longest=longest, copies=copies,
-    )  # fmt: skip
+        rows, group, config.head_dim, DTYPE.itemsize, longest=longest, copies=copies
+    )
 
     def splits_of(cut: LaunchConfig) -> int:
         return default_splits(1, config.num_kv_heads, rows, group, cut, sms, longest=longest)

@@ -151,19 +151,25 @@ def gumbel_noise(seed: int | Tensor, positions: Tensor, vocab_size: int) -> Tens
     return -exponential.log()
 
 
-def choose(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
+def choose(
+    logits: Tensor, params: SamplingParams, positions: Tensor, seeds: Tensor | None = None
+) -> Tensor:
     """The model's choice for each row, int64 `[N]`: arg-max, with shared noise at temperature > 0.
 
-    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
+    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen; seeds: int64 `[N]`, instead of that
+    of `params`.
     """
-    return scores(logits, params, positions).argmax(dim=-1)
+    return scores(logits, params, positions, seeds).argmax(dim=-1)
 
 
-def scores(logits: Tensor, params: SamplingParams, positions: Tensor) -> Tensor:
+def scores(
+    logits: Tensor, params: SamplingParams, positions: Tensor, seeds: Tensor | None = None
+) -> Tensor:
     """What `choose` takes the best of, `[N, V]`: the first w of a row are w tokens drawn without replacement."""
     if params.greedy:
         return logits
-    return process(logits, params) + gumbel_noise(params.seed, positions, logits.shape[-1])
+    seed = params.seed if seeds is None else seeds
+    return process(logits, params) + gumbel_noise(seed, positions, logits.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class FusedAttention:
             pdl=self.pdl,
         )
         q, k, v = qkv.view(batch, width, -1, dim).split((heads, kv_heads, kv_heads), dim=2)
-        cut = self._cut(batch, width)
+        cut = self._cut(width)
         return paged_attention(
             q,
             k,
@@ -101,18 +101,13 @@ class FusedAttention:
             pdl=self.pdl,
         ).flatten(0, 1)
 
-    def _cut(self, batch: int, width: int) -> LaunchConfig:
-        """How attention over steps of this size is cut up."""
+    def _cut(self, width: int) -> LaunchConfig:
+        """How attention over steps of this width is cut up."""
         config = self.config
         group = config.num_heads // config.num_kv_heads
+        longest, copies = config.max_positions, self.copies
         return launch_config(
-            width,
-            group,
-            config.head_dim,
-            self.dtype.itemsize,
-            heads=batch * config.num_kv_heads,
-            longest=config.max_positions,
-            copies=self.copies,
+            width, group, config.head_dim, self.dtype.itemsize, longest=longest, copies=copies
         )
 
     def _splits(self, batch: int, width: int, cut: LaunchConfig) -> int:

@@ -14,9 +14,6 @@ MOST_LANES = 128
 COPIED_TILE, COPIED_MEMORY = 64, 160 << 10
 """Keys of a tile that is read by the copy engine; bytes for the tiles in flight of 64 lanes, heads of 128."""
 
-FEW_PROGRAMS, FEW_STAGES = 0, 2
-"""Programs before keys are split up to which two with so many stages share a multiprocessor, copies or not."""
-
 SHORT_CONTEXT, SHORT_SPLITS = 2048, 8
 """Positions up to which a model's contexts count as short, and the most splits there."""
 
@@ -60,14 +57,13 @@ def launch_config(
     head_dim: int,
     itemsize: int = 2,
     *,
-    heads: int = 1 << 20,
     longest: int = 1 << 20,
     copies: bool = False,
 ) -> LaunchConfig:
     """Defaults, measured on one H200; `dataclasses.replace` varies them.
 
-    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; heads: key heads
-    of all sequences; longest: positions of the model, as one cut serves all contexts. copies: whether `can_copy`.
+    rows: rows of each sequence; group: query heads per key head; itemsize: bytes per element; longest:
+    positions of the model, as one cut serves all contexts. copies: whether `can_copy`.
     """
     lanes = rows * group
     if itemsize > 2:  # float32 has no matrix unit that keeps its precision: right, not fast
@@ -77,15 +73,9 @@ def launch_config(
     # With short contexts a program has few tiles: what counts is how soon the first one is there.
     short = longest <= SHORT_CONTEXT
     copies = copies and not short and tile_m < 128
-    # Where keys are cut into many shares, or not read ahead by copies: two small programs to a multiprocessor,
-    # one computes while one waits.
-    few = heads * _tiles(lanes, tile_m) <= FEW_PROGRAMS
-    paired = tile_m == 64 and not short and (few or not copies)
-    stages = 3 if tile_m == 16 else 2
-    if paired and copies:
-        stages = FEW_STAGES
-    elif copies or (tile_m == 16 and not short):
-        stages = 5
+    # What is not read ahead by copies: two small programs to a multiprocessor, one computes while one waits.
+    paired = tile_m == 64 and not short and not copies
+    stages = 5 if copies or (tile_m == 16 and not short) else 3 if tile_m == 16 else 2
     return LaunchConfig(
         tile_m=tile_m,
         tile_n=32 if wide else 64,

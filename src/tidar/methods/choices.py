@@ -45,19 +45,34 @@ def draft_cells(pending: Sequence[Pending]) -> list[Cell]:
 
 def choices(pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor) -> list[int]:
     """The choice of each cell's sequence for the position it predicts, from logits `[len(cells), V]`."""
-    by_params: dict[SamplingParams, list[int]] = {}
+    alike: dict[tuple[float, ...], list[int]] = {}
     for index, cell in enumerate(cells):
-        by_params.setdefault(pending[cell.sequence].params, []).append(index)
+        alike.setdefault(_way(pending[cell.sequence].params), []).append(index)
     chosen = [0] * len(cells)
-    for indices in by_params.values():
-        params = pending[cells[indices[0]].sequence].params
-        positions = torch.tensor([cells[i].predicts for i in indices], device=logits.device)
+    for way, indices in alike.items():
         rows = logits if len(indices) == len(cells) else logits[indices]
-        # With rejection sampling a choice is only ever an arg-max draft: its randomness is in the draws.
-        best = rows.argmax(dim=-1) if params.rejects else choose(rows, params, positions)
+        if not way:
+            best = rows.argmax(dim=-1)
+        else:
+            own = [pending[cells[i].sequence].params for i in indices]
+            positions, seeds = torch.tensor(
+                [[cells[i].predicts for i in indices], [params.seed for params in own]],
+                device=logits.device,
+            )
+            best = choose(rows, own[0], positions, seeds)
         for i, token in zip(indices, best.tolist(), strict=True):
             chosen[i] = token
     return chosen
+
+
+def _way(params: SamplingParams) -> tuple[float, ...]:
+    """What requests must have in common for their rows to be chosen together; nothing for the arg-max.
+
+    With rejection sampling a choice is only ever an arg-max draft: its randomness is in the draws.
+    """
+    if params.greedy or params.rejects:
+        return ()
+    return params.temperature, params.top_k, params.top_p
 
 
 def decisions(pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor) -> list[int]:
