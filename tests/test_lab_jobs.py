@@ -148,7 +148,9 @@ def test_the_graph_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert before["bits-llada"] == {"llada"}
     assert before["schedules-forced"] == {"tidar"}
     assert before["speed-t0"] > {"eagle", "bits-llada", "schedules-free"}
-    assert before["speed-t1"] == before["speed-t0"], "each on a GPU of its own, when nothing else runs"
+    assert before["speed-t1"] == before["speed-t0"], (
+        "each on a GPU of its own, when nothing else runs"
+    )
     assert before["measure"] > {"speed-t0", "speed-t1"}
     jobs = run.stage_jobs(["measure", "table"], ["--out=x"])
     assert {each.name for each in jobs if not each.light} == {

@@ -1,10 +1,12 @@
-"""Two ordinary `Attend` callables: dense (any device, the oracle), FlexAttention (CUDA training).
+"""Scaled dot product attention, and two ordinary `Attend` callables: dense (any device, the oracle),
+FlexAttention (CUDA training).
 
 Both are closures over one mask that holds for all layers. Neither falls back to something slower or
 less masked: what they cannot do, they refuse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +21,32 @@ if TYPE_CHECKING:
 
 # `tidar.model.Attend` spelled out: model and attention are siblings, neither imports the other.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False
+) -> Tensor:
+    """torch's scaled dot product attention, grouped where k has fewer heads than q, but never by cuDNN.
+
+    cuDNN makes a plan for each new shape, which takes 40 milliseconds and more; in decoding every step has
+    a shape of its own (LOG.md, "The plain engine on a GPU").
+    """
+    plain = not q.is_cuda or torch.compiler.is_compiling()
+    with nullcontext() if plain else _without_cudnn():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Set for the whole process meanwhile; costs a microsecond, where `sdpa_kernel` costs many."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def dense_attend(mask: Tensor | None = None, *, is_causal: bool = False) -> Attend:
@@ -51,9 +79,7 @@ def dense_attend(mask: Tensor | None = None, *, is_causal: bool = False) -> Atte
             mask = mask[:, None]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return attention(q, k, v, mask, is_causal=is_causal)
 
     return attend
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from tidar.attention import Attend
+from tidar.attention import Attend, attention
 from tidar.model import ModelConfig
 
 
@@ -70,13 +69,7 @@ class KVCache:
             keys, values = self.keys[layer], self.values[layer]
             keys[first:last, :, length:end] = k
             values[first:last, :, length:end] = v
-            return scaled_dot_product_attention(
-                q,
-                keys[first:last, :, :end],
-                values[first:last, :, :end],
-                attn_mask=mask,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            return attention(q, keys[first:last, :, :end], values[first:last, :, :end], mask)
 
         return attend
 
@@ -98,13 +91,7 @@ class KVCache:
             keys, values = self.keys[layer], self.values[layer]
             keys[slots, :, places] = k.transpose(1, 2)
             values[slots, :, places] = v.transpose(1, 2)
-            return scaled_dot_product_attention(
-                q,
-                keys[first:last, :, :end],
-                values[first:last, :, :end],
-                attn_mask=mask,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            return attention(q, keys[first:last, :, :end], values[first:last, :, :end], mask)
 
         return attend
 
