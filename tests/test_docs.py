@@ -245,7 +245,11 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", [name for name in own_files() if name.endswith(".md")])
+# Findings become parts of docs/results.md, whose links are checked, and are written for that place.
+LINKED = [n for n in own_files() if n.endswith(".md") and not n.startswith("lab/findings/")]
+
+
+@pytest.mark.parametrize("page", LINKED)
 def test_links_resolve(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
