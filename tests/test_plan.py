@@ -9,7 +9,7 @@ import pytest
 from drafting import DEAR, FREE, Floats, accept, carry_on, fading, simulate
 
 from tidar.decode.costs import StepCosts, step_rows
-from tidar.decode.plan import MeasuredPlan
+from tidar.decode.plan import EARLY_STEPS, MeasuredPlan
 from tidar.decode.request import StepEvent
 from tidar.layout import AUTOREGRESSIVE, Schedule
 
@@ -105,6 +105,7 @@ def test_decisions_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     )  # a clock that goes on by a second with each look: two looks a decision
     monkeypatch.setattr("tidar.decode.plan.time.perf_counter", lambda: float(next(looks)))
     plan = MeasuredPlan(FREE, lag=1)
+    plan.experience.steps = EARLY_STEPS + 1
     first = plan.choose([0])
     decided = next(looks)
     for text in range(1, 20):
@@ -115,6 +116,19 @@ def test_decisions_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     for _ in range(4000):  # a second is 100 AR steps, and 100 / 0.03 is 3,333
         plan.choose([30, 31])
     assert next(looks) == decided + 7
+
+
+def test_finds_its_schedule_within_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a decision takes: without experience every step says much."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr("tidar.decode.plan.time.perf_counter", lambda: float(next(looks)))
+    costs = StepCosts((1, 40, 112), (1.0e-4, 1.4e-4, 1.7e-4), fixed_shape=True)
+    survival = fading(0.995, 0.995)
+    text = Simulated(MeasuredPlan(costs, lag=1, learn=1000), lag=1)
+    schedules, _ = text.run(survival, 40)
+    rates = {s: simulate(s, survival, costs, 1.0, 4000) for s in text.plan.candidates if not s.half}
+    assert rates[schedules[-1]] > 0.95 * max(rates.values())
+    assert rates[Schedule(16, (1,))] < 0.85 * max(rates.values())
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -34,6 +34,9 @@ TRY_PERIOD = 100
 DECISION_SHARE = 0.03
 """Share of the time of AR steps that decisions may take, where the host must keep ahead of a device."""
 
+EARLY_STEPS = 64
+"""Steps of a plan without experience that may be planned as slowly as it takes: each says much."""
+
 STAKE = 4.0
 """AR steps of time that drafting may cost a text at most, over what it has brought in, ..."""
 
@@ -139,7 +142,7 @@ class MeasuredPlan:
             self.tracks[request_id] = _Track(Acceptance(self.depth))
         if joined:
             self.tracks = {i: track for i, track in self.tracks.items() if i in active}
-            if self.pause <= 0 or len(active) != self.decided_for:
+            if self._in_time or len(active) != self.decided_for:
                 self._take(self._best())
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
@@ -160,7 +163,7 @@ class MeasuredPlan:
         elif self.schedule.drafts:
             # Sooner at first, when every step says much about a text that is new.
             due = self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2)
-            if due and self.pause <= 0:
+            if due and self._in_time:
                 self._take(self._best())
         elif not self.trying and self.age % TRY_PERIOD == 0 and self.experience.may_try:
             self.trying = TRY_STEPS
@@ -213,6 +216,11 @@ class MeasuredPlan:
         tracks = [self.tracks[i] for i in self.active]
         return sum(t.lost - STAKE - STAKE_PER_TOKEN * t.tokens for t in tracks) <= 0.0
 
+    @property
+    def _in_time(self) -> bool:
+        """Whether another decision stays within its share of the time."""
+        return self.pause <= 0 or self.experience.steps <= EARLY_STEPS
+
     def _best(self) -> Schedule:
         if not self.affordable:
             return AUTOREGRESSIVE
@@ -249,7 +257,7 @@ class MeasuredPlan:
         first = self.experience.rejoined.first(survival)
         draft_len = max(self.draft_lens)
         anchors = learned_span_set(survival, draft_len, self.costs.at(self.active), first)
-        self.learned = Family((Chain(Schedule(draft_len, anchors)),))
+        self.learned = Family((Chain(Schedule(draft_len, anchors)),)).ready()
 
     def _take(self, schedule: Schedule) -> None:
         """Goes over to a schedule, or stays with it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tidar.decode.costs import Floats, StepCosts, step_rows
 from tidar.layout import AUTOREGRESSIVE, Schedule, nearest_anchor, two_forward
@@ -58,15 +59,24 @@ class Chain:
     @cached_property
     def targets(self) -> Floats:
         """`[K, K, K]`: 1 where shift s and n accepted tokens (index n - 1) lead to shift t."""
-        size = self.schedule.draft_len
-        table = np.zeros((size, size, size))
+        size, least = self.schedule.draft_len, self.schedule.anchors(self.schedule.draft_len)[:1]
+        table, whole = np.zeros((size, size, size)), self._after(size)
         for shift, length in enumerate(self.lengths):
-            for accepted in range(1, length + 1):
-                target = next_shift(self.schedule, length, accepted)
-                for step in self.more:
-                    target = next_shift(step, 1, 1)
-                table[shift, accepted - 1, target] = 1.0
+            # Unless so short a draft has other spans, where it leads is a matter of n alone.
+            other = self.schedule.anchors(length)[:1] != least
+            row = self._after(length) if other else whole[:length]
+            table[shift, np.arange(length), row] = 1.0
         return table
+
+    def _after(self, drafted: int) -> list[int]:
+        """The shift behind 1, 2, ... accepted tokens of `drafted`."""
+        shifts = []
+        for accepted in range(1, drafted + 1):
+            target = next_shift(self.schedule, drafted, accepted)
+            for step in self.more:
+                target = next_shift(step, 1, 1)
+            shifts.append(target)
+        return shifts
 
     def rate(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> float:
         """Tokens per second in the long run; see `Family.rates`."""
@@ -87,9 +97,10 @@ class Family:
     def rows(self) -> tuple[int, ...]:
         return tuple(rows for chain in self.chains for rows in chain.rows)
 
-    @cached_property
-    def full_rows(self) -> tuple[int, ...]:
-        return tuple(chain.rows[0] for chain in self.chains for _ in chain.rows)
+    def ready(self) -> "Family":
+        """Itself, when its tables are made."""
+        self.rates(np.zeros(self.chains[0].schedule.draft_len), StepCosts((1,), (1.0,)))
+        return self
 
     def rates(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> Floats:
         """Tokens per second of each chain in the long run, `[len(chains)]`.
@@ -98,30 +109,42 @@ class Family:
         length at least K, index 0 unused. first: the same of the first token of a draft shifted by s, at
         index s from 1 on; None: as its row says.
         """
-        lengths = self.chains[0].lengths
-        size = len(lengths)
-        counts = np.zeros(
-            (size, size)
-        )  # counts[s, n - 1]: probability of n accepted tokens at shift s
-        for shift, length in enumerate(lengths):
-            passing = survival[shift + 1 : shift + length].copy()
-            if first is not None and shift and length > 1:
-                passing[0] = first[shift]
-            reached = np.concatenate([[1.0], np.cumprod(passing)])
-            counts[shift, : length - 1] = reached[:-1] - reached[1:]
-            counts[shift, length - 1] = reached[-1]
+        if not self.chains[0].schedule.drafts:
+            return 1.0 / costs((1,))
+        counts, committed = self._outcomes(survival, first)
         moves = (counts[:, None, :] @ self.targets)[:, :, 0]
         for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled
             moves = moves @ moves
         state = moves.mean(axis=1)
-        rows = self.full_rows if costs.fixed_shape else self.rows
-        seconds = (state * costs(rows).reshape(state.shape)).sum(axis=1)
-        tokens: Floats = state @ (counts @ np.arange(1.0, size + 1))
+        if costs.fixed_shape:
+            seconds = costs(chain.rows[0] for chain in self.chains)
+        else:
+            seconds = (state * costs(self.rows).reshape(state.shape)).sum(axis=1)
+        tokens: Floats = state @ committed
         for index, chain in enumerate(self.chains):
             for step in chain.more:
                 tokens[index] += 1.0
                 seconds[index] += costs.of(step_rows(step, 1))
         return tokens / seconds
+
+    def _outcomes(self, survival: Floats, first: Floats | None) -> tuple[Floats, Floats]:
+        """`[K, K]`: at [s, n - 1] the probability of n accepted tokens at shift s; and the mean of n, `[K]`."""
+        index, inside = self._ahead
+        passing = survival[index] * inside
+        if first is not None:
+            passing[1:-1, :1] = first[1 : len(passing) - 1, None]
+        # reached[s, n]: at least n + 1 tokens commit.
+        reached = np.zeros((len(passing), len(passing) + 1))
+        reached[:, 0] = 1.0
+        np.cumprod(passing, axis=1, out=reached[:, 1:-1])
+        return reached[:, :-1] - reached[:, 1:], reached.sum(axis=1)
+
+    @cached_property
+    def _ahead(self) -> tuple[NDArray[np.int64], Floats]:
+        """`[K, K - 1]`: the span row of each token of a draft but its first, by shift; and 1 where there is one."""
+        size = self.chains[0].schedule.draft_len
+        rows = np.arange(size)[:, None] + np.arange(1, size)
+        return np.minimum(rows, size - 1), (rows < size).astype(np.float64)
 
 
 def learned_span_set(
@@ -154,11 +177,11 @@ def learned_span_set(
 
 @lru_cache(maxsize=16)
 def families_of(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Family, ...]:
-    """The chains of all candidates, by K."""
+    """The chains of all candidates, by K, with their tables: no decision of a plan has to wait for those."""
     by_len: dict[int, list[Chain]] = {}
     for schedule in candidate_schedules(draft_lens, short=short):
         by_len.setdefault(schedule.draft_len, []).append(Chain(schedule))
-    return tuple(Family(tuple(chains)) for chains in by_len.values())
+    return tuple(Family(tuple(chains)).ready() for chains in by_len.values())
 
 
 def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
