@@ -220,13 +220,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def child_options(options: argparse.Namespace, out: Path) -> list[str]:
-    """The options again, for a stage in a process of its own in the root of the repository."""
-    told = [f"--out={out}", *(["--smoke"] if options.smoke else [])]
+    """The options again, for a stage in a process of its own in the root of the repository.
+
+    Paths in the repository are told from its root: what is recorded should make sense elsewhere.
+    """
+
+    def place(path: Path) -> str:
+        path = path.resolve()
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+    told = [f"--out={place(out)}", *(["--smoke"] if options.smoke else [])]
     if options.shared is not None:
-        told.append(f"--shared={options.shared.resolve()}")
+        told.append(f"--shared={place(options.shared)}")
     for name in ("prose", "packages"):
         if paths := getattr(options, name):
-            told += [f"--{name}", *(str(path.resolve()) for path in paths)]
+            told += [f"--{name}", *map(place, paths)]
     return [*told, "--gpus=1"]
 
 
