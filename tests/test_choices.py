@@ -44,3 +44,6 @@ def test_rows_are_chosen_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices(texts, cells, logits) == alone
     assert sorted(calls) == [3, 3, 3, 6], "requests that differ in their seed alone share a call"
     assert len({*alone}) > 10
+    monkeypatch.setattr(module, "NOISE_ENTRIES", 2 * 50)
+    assert choices(texts, cells, logits) == alone, "a few rows at a time as well"
+    assert max(calls[4:]) == 2

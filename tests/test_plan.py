@@ -258,3 +258,12 @@ def test_tries_are_judged_when_their_outcome_is_known(lag: int) -> None:
     text.run(fading(0.0, 0.0), 1500)
     schedules, _ = text.run(fading(0.95, 0.9), 1500)
     assert drafting(schedules[1000:]) > 0.9
+
+
+@pytest.mark.parametrize("draft_lens", [(1,), (1, 8), (2,)])
+def test_any_trained_lengths_can_be_planned(draft_lens: tuple[int, ...]) -> None:
+    for learn in (0, 8):
+        plan = MeasuredPlan(FREE, draft_lens=draft_lens, learn=learn)
+        schedules, _ = Simulated(plan).run(fading(0.9, 0.9), 60)
+        assert {schedule.draft_len for schedule in schedules} <= {1, *draft_lens}
+        assert drafting(schedules) == (1.0 if max(draft_lens) > 1 else 0.0)

@@ -5,9 +5,9 @@ Both are closures over one mask that holds for all layers. Neither falls back to
 less masked: what they cannot do, they refuse.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,27 +26,49 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False
 ) -> Tensor:
-    """torch's scaled dot product attention, grouped where k has fewer heads than q, but never by cuDNN.
+    """torch's scaled dot product attention, grouped where k has fewer heads than q; on a GPU never by cuDNN.
 
-    cuDNN makes a plan for each new shape, which takes 40 milliseconds and more; in decoding every step has
-    a shape of its own (LOG.md, "The plain engine on a GPU").
+    cuDNN makes a plan for each new shape, and in cached decoding every step has a shape of its own (LOG.md,
+    "The plain engine on a GPU"). Under a mask keys and values are repeated there, since what is left for unequal
+    heads would write all scores to memory. Inside `torch.compile` torch chooses as it likes.
     """
-    plain = not q.is_cuda or torch.compiler.is_compiling()
-    with nullcontext() if plain else _without_cudnn():
+    group = q.shape[1] // k.shape[1]
+    if not q.is_cuda or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=group > 1
+        )
+    if mask is not None and group > 1:
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    with _without_cudnn:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=group > 1
         )
 
 
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Set for the whole process meanwhile; costs a microsecond, where `sdpa_kernel` costs many."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+class _WithoutCudnn:
+    """Context manager, for several threads at once: the process's own setting stands again behind the last.
+
+    It costs a microsecond, where `torch.nn.attention.sdpa_kernel` costs many.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def dense_attend(mask: Tensor | None = None, *, is_causal: bool = False) -> Attend:

@@ -32,10 +32,10 @@ TRY_PERIOD = 100
 """AR steps from one try to the next."""
 
 DECISION_SHARE = 0.03
-"""Share of the time of AR steps that decisions may take, where the host must keep ahead of a device."""
+"""Share of the time of AR steps that decisions may take, where the host must keep ahead of a device, ..."""
 
 EARLY_STEPS = 64
-"""Steps of a plan without experience that may be planned as slowly as it takes: each says much."""
+"""... but for the first steps of an experience, which may be planned as slowly as it takes: each says much."""
 
 STAKE = 4.0
 """AR steps of time that drafting may cost a text at most, over what it has brought in, ..."""

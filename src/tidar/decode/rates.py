@@ -110,7 +110,7 @@ class Family:
         index s from 1 on; None: as its row says.
         """
         if not self.chains[0].schedule.drafts:
-            return 1.0 / costs((1,))
+            return np.full(len(self.chains), 1.0 / costs.of(1))
         counts, committed = self._outcomes(survival, first)
         moves = (counts[:, None, :] @ self.targets)[:, :, 0]
         for _ in range(10):  # squaring ten times is 1024 steps of the chain: settled

@@ -12,6 +12,9 @@ from torch import Tensor
 from tidar.methods import Pending
 from tidar.sampling import SamplingParams, choose, count_matches, probabilities, reject
 
+NOISE_ENTRIES = 1 << 24
+"""Logits for which noise is drawn at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -59,7 +62,10 @@ def choices(pending: Sequence[Pending], cells: Sequence[Cell], logits: Tensor) -
                 [[cells[i].predicts for i in indices], [params.seed for params in own]],
                 device=logits.device,
             )
-            best = choose(rows, own[0], positions, seeds)
+            # Noise of a row takes several times what its logits take.
+            size = max(1, NOISE_ENTRIES // rows.shape[-1])
+            parts = zip(*(each.split(size) for each in (rows, positions, seeds)), strict=True)
+            best = torch.cat([choose(some, own[0], at, by) for some, at, by in parts])
         for i, token in zip(indices, best.tolist(), strict=True):
             chosen[i] = token
     return chosen
