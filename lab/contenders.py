@@ -17,12 +17,16 @@ from tidar.weights import Checkpoint, load_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A checkpoint and how it decodes. helper: the stage whose checkpoint `{helper}` in the method's name is."""
+    """A checkpoint and how it decodes. helper: the stage whose checkpoint `{helper}` in the method's name is.
+
+    is_variant: of another contender, with one setting changed.
+    """
 
     stage: str
     method: str
     helper: str | None = None
     engine: EngineName = "plain"
+    is_variant: bool = False
 
     @property
     def baseline(self) -> str:
@@ -43,12 +47,16 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
     "tidar": Contender("tidar", "tidar:16:dense"),
     "tidar-sparse": Contender("tidar", "tidar:16:1,2,3,5,8,16"),
     "speculative": Contender("ar", "speculative:{helper}:4", "draft"),
+    "speculative-8": Contender("ar", "speculative:{helper}:8", "draft", is_variant=True),
     "eagle": Contender("ar", "eagle:{helper}:4", "eagle"),
+    "eagle-8": Contender("ar", "eagle:{helper}:8", "eagle", is_variant=True),
     "block-diffusion": Contender("block-diffusion", "block-diffusion:16:0.9"),
     "llada": Contender("llada", "masked-diffusion:32:16"),
+    "llada-slow": Contender("llada", "masked-diffusion:32:32", is_variant=True),
     "dream": Contender("dream", "masked-diffusion:32:16"),
+    "dream-slow": Contender("dream", "masked-diffusion:32:32", is_variant=True),
 }
-"""In the plain engine, which runs every method."""
+"""In the plain engine, which runs every method. Slow: a token a pass, as in the paper's tables."""
 
 PAGED: Final[Mapping[str, Contender]] = {
     "ar-paged": Contender("ar", "ar", engine="paged"),

@@ -32,9 +32,11 @@ Job = Callable[[], dict[str, Any]]
 
 
 def temperatures_of(contender: str) -> tuple[float, ...]:
-    """Those at which its quality is measured: all for AR and TiDAR, the two ends for the others."""
-    own = CONTENDERS[contender].stage in ("ar", "tidar") and not CONTENDERS[contender].helper
-    return TEMPERATURES if own else (TEMPERATURES[0], TEMPERATURES[-1])
+    """Those at which its quality is measured: all for AR and TiDAR, the two ends for others, 0 for their variants."""
+    about = CONTENDERS[contender]
+    if about.stage in ("ar", "tidar") and not about.helper:
+        return TEMPERATURES
+    return TEMPERATURES[:1] if about.is_variant else (TEMPERATURES[0], TEMPERATURES[-1])
 
 
 def jobs(out: Path, scale: Scale) -> dict[str, Job]:
