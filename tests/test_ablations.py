@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # `lab` is run from the root of the repository
 from lab import ablation_measure, ablation_tables, ablations, run
 from lab.ablation_plan import TIDAR, VARIANT, VARIANTS, trained
 from lab.ablation_plan import ablations as planned
-from lab.plan import COMMON, FULL, SMOKE, STAGES
+from lab.plan import COMMON, FULL, OWN_STEPS, SMOKE, STAGES
 from records import read_rows
 
 from tidar.attention import dense_attend
@@ -73,7 +73,7 @@ def test_every_case_can_be_told_apart_and_run() -> None:
         for case in each.cases:
             assert parse_method(case.method).name == case.method, name
     tokens = [case.labels["clean tokens, M"] for case in planned(FULL)["tokens"].cases[:5]]
-    assert tokens == [step * 0.131072 for step in (75, 150, 300, 600, 1200)]
+    assert tokens == [step * 0.131072 for step in (75, 150, 300, 600, OWN_STEPS)]
     used = {(c.labels["trained"], c.labels["K"]) for c in planned(FULL)["draft-lens"].cases}
     assert used == {(t, k) for t in ("4", "8", "16", "32", "4, 8, 16") for k in (4, 8, 16, 32)}
 
