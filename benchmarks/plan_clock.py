@@ -30,6 +30,7 @@ from tidar.decode.spec import MethodSpec, parse_methods
 from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.methods.tidar import Tidar
+from tidar.model import Transformer
 
 
 class Clocked:
@@ -67,21 +68,22 @@ def costs_of(path: Path) -> StepCosts:
     return StepCosts(rows, tuple(told[count] for count in rows), fixed_shape=True)
 
 
-def run(spec: MethodSpec, costs: StepCosts, requests: Sequence[Request]) -> str:
+def run(
+    spec: MethodSpec, network: Transformer, costs: StepCosts, requests: Sequence[Request]
+) -> str:
     """Decodes all texts one after the other; a line about how that went. Raises TidarError for other methods."""
     if spec.rival is not None:
         raise TidarError(
             f"{spec.name} has no step costs here: give ar, tidar:plan or tidar:K:SPANS."
         )
-    model = tidar.load(device="cpu", dtype="float32").network
     inner: Plan
     if spec.schedule is None:
         inner = MeasuredPlan(costs, lag=1, learn=64)
     else:
         inner = FixedPlan(spec.schedule)
     plan = Clocked(inner, costs)
-    assert model.config.mask_token_id is not None
-    engine = Engine(model, Tidar(model.config.mask_token_id), plan, max_batch=1)
+    assert network.config.mask_token_id is not None
+    engine = Engine(network, Tidar(network.config.mask_token_id), plan, max_batch=1)
     seconds, tokens, used = 0.0, 0, Counter[str]()
     for request in requests:
         for event in engine.run([request]):
@@ -122,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ms a step:", {n: round(s * 1e3, 4) for n, s in zip(costs.rows, costs.seconds, strict=True)}
     )
     for spec in parse_methods(options.methods):
-        print(run(spec, costs, requests), flush=True)
+        print(run(spec, model.network, costs, requests), flush=True)
 
 
 if __name__ == "__main__":

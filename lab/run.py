@@ -74,8 +74,7 @@ def predecessors() -> dict[str, frozenset[str]]:
         name: frozenset({stage.after or "tokenizer", "corpus"}) for name, stage in STAGES.items()
     }
     before |= {name: part.stages for name, part in measurements().items() if not part.timed}
-    timed = [name for name, part in measurements().items() if part.timed]
-    before |= dict.fromkeys(timed, frozenset(before))
+    before |= dict.fromkeys(timed_parts(), frozenset(before))
     for name in ("measure", "table"):
         before[name] = frozenset(before)
     return before
@@ -83,8 +82,12 @@ def predecessors() -> dict[str, frozenset[str]]:
 
 def in_the_end() -> tuple[str, ...]:
     """Stages and parts that run when all others have ended, with what there is by then; the last two in turn."""
-    timed = (name for name, part in measurements().items() if part.timed)
-    return (*timed, "measure", "table")
+    return (*timed_parts(), "measure", "table")
+
+
+def timed_parts() -> list[str]:
+    """Parts of `measure` that nothing but their like may run beside."""
+    return [name for name, part in measurements().items() if part.timed]
 
 
 def stage_config(name: str, out: Path, scale: Scale) -> TrainConfig:

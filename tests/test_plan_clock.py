@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import random_model
 
 from tidar.decode.costs import StepCosts
 from tidar.decode.engine import FixedPlan
@@ -55,7 +56,7 @@ def test_other_methods_have_no_costs() -> None:
     run = runpy.run_path(str(SCRIPT))["run"]
     (spec,) = parse_methods("block-diffusion:16:0.9")
     with pytest.raises(TidarError, match="has no step costs here"):
-        run(spec, StepCosts((1,), (1.0,)), [])
+        run(spec, random_model("qwen3"), StepCosts((1,), (1.0,)), [])
 
 
 def test_costs_are_those_of_fixed_schedules() -> None:
