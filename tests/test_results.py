@@ -16,12 +16,15 @@ from models import ROOT
 
 sys.path.append(str(ROOT))  # `lab` is run from the root of the repository
 
-from lab import figures, page, results
+from lab import ablations, figures, page, results, run
+from lab.ablation_plan import ablations as ablations_of
+from lab.plan import FULL
 
 from tidar.cli import app
 from tidar.decode.spec import parse_methods
 
 PAGE = ROOT / "docs" / "results.md"
+ABLATIONS = ablations_of(FULL)
 
 
 def test_page_is_what_the_records_say() -> None:
@@ -66,14 +69,21 @@ def commands() -> list[str]:
 
 
 def test_commands_are_understood() -> None:
-    """`tidar bench` takes the options; its prompts are there and its methods have a meaning."""
+    """The laboratory's commands and `tidar bench` take the options; prompts are there and methods have a meaning."""
     bench = typer.main.get_command(app).commands["bench"]  # type: ignore[attr-defined]
     seen = 0
     for line in commands():
         words = shlex.split(line)
-        if words[:2] != ["tidar", "bench"]:
-            assert words[:3] == ["python", "-m", "lab.run"], line
+        if words[:2] == ["python", "-m"]:
+            known = {"lab.run": set(run.ORDER), "lab.ablations": set(ABLATIONS)}
+            parser = {
+                "lab.run": run.make_parser(),
+                "lab.ablations": ablations.make_parser(ABLATIONS),
+            }
+            asked = vars(parser[words[2]].parse_args(words[3:]))
+            assert set(asked.get("names", asked.get("stages"))) <= known[words[2]], line
             continue
+        assert words[:2] == ["tidar", "bench"], line
         asked = bench.make_context("bench", words[2:]).params
         assert asked["out"] is None
         assert (ROOT / asked["prompts"]).is_file(), line
@@ -88,7 +98,7 @@ def test_findings_belong_to_sections() -> None:
     lab = {"quality", "likelihoods", "twin", "speed-t0", "speed-t1", "temperatures", "schedules"}
     bundled = {"bundled-acceptance", "bundled-gpu", "bundled-cpu", "bundled-rivals"}
     assert keys
-    assert keys <= lab | bundled
+    assert keys <= lab | bundled | {f"ablation-{name}" for name in ABLATIONS}
     text = PAGE.read_text(encoding="utf-8")
     for key in keys & bundled:
         assert (results.FINDINGS / f"{key}.md").read_text(encoding="utf-8").strip() in text
