@@ -1,6 +1,7 @@
 """Pages made of records: sections with a table, pictures, the command that repeats them and where they were taken."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,12 +76,16 @@ def joined(*parts: str) -> str:
     return " · ".join(part or "-" for part in parts) if any(parts) else ""
 
 
+def reach(over: Mapping[str, float] | None) -> str:
+    """A median with the least and the most."""
+    return f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})" if over else ""
+
+
 def speed_cell(told: Mapping[str, Any], over: Mapping[str, float] | None) -> str:
     """Speed over AR (median, least to most), T/NFE and tokens per second of the figures of a method."""
-    times = f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})" if over else ""
     rate = told.get("tokens_per_second")
     return joined(
-        times, number(told.get("tokens_per_forward")), number(rate and rate["median"], ",.0f")
+        reach(over), number(told.get("tokens_per_forward")), number(rate and rate["median"], ",.0f")
     )
 
 
@@ -117,6 +122,15 @@ def _origins(section: Section, shelf: Shelf, page: Path) -> Iterator[str]:
         places.setdefault(origin(record), []).append(link)
     for place, links in places.items():
         yield f"Records: {', '.join(links)} ({place})."
+
+
+def contents(sections: Sequence[Section]) -> str:
+    """A list of links to the sections, as GitHub makes their anchors."""
+
+    def anchor(title: str) -> str:
+        return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+    return "\n".join(f"- [{each.title}](#{anchor(each.title)})" for each in sections)
 
 
 def render(

@@ -14,7 +14,7 @@ from typing import Final
 
 from lab import ROOT, ablation_tables, bundled_tables, table
 from lab.command import exit_code
-from lab.page import Section, Shelf, draw_all, render
+from lab.page import Section, Shelf, contents, draw_all, render
 from tidar.errors import TidarError
 
 FINDINGS: Final = ROOT / "lab" / "findings"
@@ -22,9 +22,9 @@ PAGE: Final = ROOT / "docs" / "results.md"
 
 HEAD: Final = """# Results
 
-Written by `python -m lab.results` from [records](../benchmarks/records) alone. Each section has the command that
-repeats it, and says where its records were taken. Words: [ARCHITECTURE](../ARCHITECTURE.md#words); how the laboratory
-works: [lab](../lab/README.md).
+Tables and figures are written by `python -m lab.results` from records alone, what is said about them by hand. Each
+section has the command that repeats it, and says where its records were taken. Words:
+[ARCHITECTURE](../ARCHITECTURE.md#words); how the laboratory works: [lab](../lab/README.md).
 """
 
 
@@ -48,8 +48,9 @@ def sections(shelf: Shelf) -> list[Section]:
 def text_of(folders: Sequence[Path], page: Path) -> str:
     """The text of a page at this place; pictures are in `images` beside it. Raises TidarError without records."""
     shelf = Shelf(*folders)
-    told = render(sections(shelf), shelf, page, page.parent / "images", FINDINGS)
-    return f"{HEAD}\n{told}"
+    made = sections(shelf)
+    told = render(made, shelf, page, page.parent / "images", FINDINGS)
+    return f"{HEAD}\n{contents(made)}\n\n{told}"
 
 
 def write(folders: Sequence[Path], page: Path) -> None:

@@ -20,7 +20,7 @@ from lab.page import (
     joined,
     markdown_table,
     number,
-    speed_cell,
+    reach,
     write_page,
 )
 from lab.quality import SCORES
@@ -176,19 +176,21 @@ def speeds(shelf: Shelf, temperature: float) -> Section | None:
     if record is None:
         return None
     domains = domains_of(record)
-    rows = []
-    for who, about in record["contenders"].items():
-        told = [record["domains"][domain][who] for domain in domains]
-        rows.append(
-            [f"`{who}`", about["engine"], *(speed_cell(each, each["over_ar"]) for each in told)]
-        )
-    asked = record["settings"]
+    asked, who = record["settings"], record["contenders"]
+    told = {name: [record["domains"][domain][name] for domain in domains] for name in who}
+
+    def rows(cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+        return [[f"`{n}`", about["engine"], *map(cell, told[n])] for n, about in who.items()]
+
+    over = rows(lambda each: joined(reach(each["over_ar"]), number(each["tokens_per_forward"])))
+    rates = rows(lambda each: number(each["tokens_per_second"]["median"], ",.0f"))
     counts = ", ".join(f"{count} {domain}" for domain, count in asked["prompts"].items())
+    head = ["contender", "engine", *domains]
     body = (
-        "Over AR in the same engine (median prompt, least to most) · T/NFE · tokens/s (median of "
-        f"{asked['runs']} runs), one prompt at a time, end to end ({counts}), up to {asked['max_new_tokens']} tokens. "
-        f"Warm-up: {asked['warm_up']}. Order: {asked['order']}.\n\n"
-        + markdown_table(["contender", "engine", *domains], rows)
+        "Over AR in the same engine (median prompt, least to most) · T/NFE; one prompt at a time, end to end "
+        f"({counts}), up to {asked['max_new_tokens']} tokens, {asked['runs']} runs. Warm-up: {asked['warm_up']}. "
+        f"Order: {asked['order']}.\n\n{markdown_table(head, over)}\n\nTokens per second, median of the runs:\n\n"
+        + markdown_table(head, rates)
     )
     return _section(
         f"speed-t{temperature:g}", f"speed at temperature {temperature:g}", body, [name]
@@ -211,19 +213,23 @@ def temperatures(shelf: Shelf) -> Section | None:
         for temperature in TEMPERATURES:
             if record := found[temperature].get(name):
                 told = record["domains"]
-                cells = [
-                    joined(number(told[d]["tokens_per_forward"]), number(told[d]["distinct_4"]))
-                    for d in domains
-                ]
+                cells = [_text_cell(told[d], d) for d in domains]
                 rows.append([f"`{name}`", f"{temperature:g}", *cells])
     body = (
         "T/NFE · distinct-4 (distinct 4-grams of tokens over all of them: a text that loops has few, and is easy to "
-        "draft). All of the first prompts of each domain, none picked.\n\n"
+        "draft) · score, as in the first table. All of the first prompts of each domain, none picked.\n\n"
         + markdown_table(["contender", "temperature", *domains], rows)
     )
     names = [f"{name}_t{each:g}" for name in CONTENDERS for each in TEMPERATURES]
     present = [name for name, _ in shelf.present(names)]
     return _section("temperatures", "tokens per forward and repetition", body, present)
+
+
+def _text_cell(told: dict[str, Any], domain: str) -> str:
+    """T/NFE, distinct-4, and the score where the domain has one."""
+    cell = joined(number(told["tokens_per_forward"]), number(told["distinct_4"]))
+    value = score(told, domain)
+    return cell if value is None else f"{cell} · {value:.1%}"
 
 
 def schedules(shelf: Shelf) -> Section | None:

@@ -20,11 +20,12 @@ from tidar.attention import dense_attend
 from tidar.decode.engine import Engine, FixedPlan
 from tidar.decode.paged_engine import PagedEngine
 from tidar.decode.request import FinishReason, Request
+from tidar.hf_config import TidarMeta
 from tidar.layout import Schedule
 from tidar.methods import Method
 from tidar.model import ModelConfig, ModelType, Transformer
 from tidar.sampling import Draw, SamplingParams, gumbel_noise, process
-from tidar.weights import init_model, load_checkpoint
+from tidar.weights import Checkpoint, init_model, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "src" / "tidar" / "bundled"
@@ -54,6 +55,14 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     finite = expected[torch.isfinite(expected)]
     scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=TOLERANCE * scale)
+
+
+def random_checkpoint(
+    folder: Path, config: ModelConfig, *, seed: int, meta: TidarMeta | None = None
+) -> Checkpoint:
+    """Random weights, written to `folder` and opened from there."""
+    save_checkpoint(folder, init_model(config, seed), meta=meta)
+    return load_checkpoint(folder)
 
 
 @cache

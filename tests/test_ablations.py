@@ -174,18 +174,39 @@ def test_tables_and_figures_are_of_the_records_alone(name: str, out: Path, tmp_p
     assert f"](ablation_{name}.png)" in text
     assert f"python -m lab.ablations --out runs/lab {name}\n" in text
     assert told["question"] in text
-    head, *rows = ablation_tables.table(told)
-    assert len(rows) == len(told["cases"])
-    for case, row in zip(told["cases"], rows, strict=True):
-        assert f"| {' | '.join(row)} |" in text
-        assert row[: len(case["labels"])] == [str(value) for value in case["labels"].values()]
-        if name == "labels":
-            forced = case["domains"]["arithmetic"]["forced"]["tokens_per_forward"]
-            cell = row[head.index("T/NFE, real · own text: arithmetic")]
-            assert cell.startswith(f"{forced:.2f} · ")
-            bits = told["losses"][case["model"]]["python"]["bits_per_byte"]
-            assert row[head.index("bits per byte: python, arithmetic")].startswith(f"{bits:.3f} · ")
+    shown = ablation_tables.tables(told)
+    for each in shown:
+        assert f"{each.caption}:\n" in text
+        assert all(f"| {' | '.join(row)} |" in text for row in (each.head, *each.rows))
+    if name in ("labels", "tokens"):
+        assert [len(each.rows) for each in shown] == [len(told["models"])] * 2
+    if name == "labels":
+        assert_rows_are_models(told, *shown)
+    elif name != "tokens":
+        assert all(len(each.rows) == len(told["cases"]) for each in shown)
+        for each in shown:
+            for case, row in zip(told["cases"], each.rows, strict=True):
+                assert list(row[: len(case["labels"])]) == [str(v) for v in case["labels"].values()]
     assert (tmp_path / f"ablation_{name}.png").stat().st_size > 10_000
+
+
+def assert_rows_are_models(
+    told: dict[str, Any], of_cases: ablation_tables.Table, of_losses: ablation_tables.Table
+) -> None:
+    """One row for each way to train: T/NFE at every K beside each other, and what its weights say."""
+    for index, name in enumerate(("the token", "half causal head")):
+        cases = [case for case in told["cases"] if case["labels"]["labels"] == name]
+        row = dict(zip(of_cases.head, of_cases.rows[index], strict=True))
+        forced = [case["domains"]["arithmetic"]["forced"]["tokens_per_forward"] for case in cases]
+        assert row["labels"] == name
+        assert row["arithmetic: real text, K = 4 / 8 / 16"] == " / ".join(
+            f"{v:.2f}" for v in forced
+        )
+        written = cases[-1]["domains"]["python"]["free"]["tokens_per_forward"]
+        assert row["python: own text, K = 16"] == f"{written:.2f}"
+        losses = told["losses"][cases[0]["model"]]["python"]
+        row = dict(zip(of_losses.head, of_losses.rows[index], strict=True))
+        assert row["python: bits per byte"] == f"{losses['bits_per_byte']:.3f}"
 
 
 def test_given_again_it_finds_everything_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused, tidar
-from models import BUNDLED, random_model
+from models import BUNDLED, random_checkpoint, random_model
 from published import (
     MASK,
     change_tensors,
@@ -35,7 +35,7 @@ from tidar.layout import AUTOREGRESSIVE
 from tidar.methods.masked_diffusion import MaskedDiffusion
 from tidar.model import Transformer
 from tidar.tokens import Tokenizer
-from tidar.weights import load_checkpoint, random_checkpoint, save_checkpoint
+from tidar.weights import load_checkpoint, save_checkpoint
 
 Make = Callable[..., Path]
 FAMILIES: dict[str, Make] = {"llada": llada_folder, "dream": dream_folder}

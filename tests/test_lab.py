@@ -104,10 +104,11 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def rows_of(text: str, title: str) -> dict[str, list[str]]:
-    """Rows of the table of a section by their first cell (the two first, where the second is no figure)."""
+def rows_of(text: str, title: str, table: int = 0) -> dict[str, list[str]]:
+    """Rows of a table of a section by their first cell (the two first, where the second is no figure)."""
     part = text.split(f"\n## The laboratory: {title}\n", 1)[1].split("\n## ", 1)[0]
-    lines = [cells(line) for line in part.splitlines() if line.startswith("|")]
+    found = [each for each in part.split("\n\n") if each.startswith("|")][table]
+    lines = [cells(line) for line in found.splitlines()]
     return {" ".join(row[: 1 + (lines[0][1] == "temperature")]): row for row in lines[2:]}
 
 
@@ -145,11 +146,15 @@ def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
             figures = told["domains"]["python"][name]
             assert found[f"`{name}`"][1] == about["engine"]
             assert found[f"`{name}`"][2].split(" ")[0] == f"{figures['over_ar']['median']:.2f}"
-            assert found[f"`{name}`"][2].endswith(f"{figures['tokens_per_second']['median']:,.0f}")
+            assert found[f"`{name}`"][2].endswith(f" · {figures['tokens_per_forward']:.2f}")
+            rate = f"{figures['tokens_per_second']['median']:,.0f}"
+            assert rows_of(text, f"speed at temperature {temperature}", 1)[f"`{name}`"][2] == rate
     found = rows_of(text, "tokens per forward and repetition")
     assert len(found) == 1 + sum(len(measure.temperatures_of(name)) for name in names)
     told = record["tidar_t0.7"]["domains"]["python"]
-    expected = f"{told['tokens_per_forward']:.2f} · {told['distinct_4']:.2f}"
+    expected = (
+        f"{told['tokens_per_forward']:.2f} · {told['distinct_4']:.2f} · {told['valid_python']:.1%}"
+    )
     assert found["`tidar` 0.7"][2] == expected
     found = rows_of(text, "draft length and span set")
     free, forced = (record[f"schedules_{k}"]["domains"]["python"]["methods"] for k in ("free", "forced"))  # fmt: skip

@@ -104,6 +104,14 @@ def test_findings_belong_to_sections() -> None:
         assert (results.FINDINGS / f"{key}.md").read_text(encoding="utf-8").strip() in text
 
 
+def test_contents_lead_to_the_sections() -> None:
+    made = results.sections(page.Shelf(*results.standard_folders()))
+    text = PAGE.read_text(encoding="utf-8")
+    for section in made:
+        assert f"\n## {section.title}\n" in text
+        assert text.count(f"- [{section.title}](#") == 1
+
+
 def test_names_keep_apart() -> None:
     heights = figures.apart([0.0, 0.0, 0.0, 0.5, 0.98, 1.0])
     assert all(b - a >= figures.CLEAR - 1e-9 for a, b in itertools.pairwise(heights))

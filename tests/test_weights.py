@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import random_checkpoint
 from safetensors.torch import load_file, save_file
 from test_model import CASES, causal, hf_model, rows, small
 from test_tokens import STORIES
@@ -23,7 +24,6 @@ from tidar.weights import (
     Checkpoint,
     init_model,
     load_checkpoint,
-    random_checkpoint,
     save_checkpoint,
 )
 

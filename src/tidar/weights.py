@@ -237,14 +237,6 @@ def init_model(
     return model
 
 
-def random_checkpoint(
-    folder: Path, config: ModelConfig, *, seed: int, meta: TidarMeta | None = None
-) -> Checkpoint:
-    """Write a checkpoint with random weights to `folder`, and open it."""
-    save_checkpoint(folder, init_model(config, seed), meta=meta)
-    return load_checkpoint(folder)
-
-
 def _empty_model(
     config: ModelConfig, device: str | torch.device, dtype: torch.dtype
 ) -> Transformer:
