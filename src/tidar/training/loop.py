@@ -308,9 +308,15 @@ class KeepModels(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def close_group() -> None:
-    """Ends the group of processes, where one is open still."""
+    """Ends the group of processes, where one is open still, and lets its threads put down what they hold.
+
+    The trainer holds the group too, so its threads live on. One that still holds a tensor of Python's needs the
+    interpreter's lock to put it down; once the interpreter ends, asking for that lock aborts the process
+    (pytorch/pytorch#190489).
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.05)  # gives up the lock
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:
