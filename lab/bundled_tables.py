@@ -58,14 +58,26 @@ def _section(
     if not found:
         return None
     labelled = [(texts[name], record) for name, record in found]
-    pictures: tuple[Picture, ...] = ()
-    if key == "bundled-gpu":
-        alt = "Tokens per second over AR by method, a panel for each text"
-        pictures = (Picture("bundled_speed.png", alt, partial(_draw, labelled)),)
     return Section(
         key=key, title=title, body=body(labelled), records=[name for name, _ in found],
-        commands=[command_of(record) for _, record in found], pictures=pictures,
+        commands=[command_of(record) for _, record in found],
+        pictures=_pictures(labelled) if key == "bundled-gpu" else (),
     )  # fmt: skip
+
+
+def _pictures(found: Sequence[tuple[str, Record]]) -> list[Picture]:
+    """One for the texts that had the same methods."""
+    alike: dict[tuple[str, ...], list[tuple[str, Record]]] = {}
+    for label, record in found:
+        alike.setdefault(tuple(record["methods"]), []).append((label, record))
+    return [
+        Picture(
+            f"bundled_speed_{some[0][0].partition(',')[0].lower()}.png",
+            f"Tokens per second over AR by method: {'; '.join(label for label, _ in some)}",
+            partial(_draw, some),
+        )
+        for some in alike.values()
+    ]
 
 
 def methods_of(found: Sequence[tuple[str, Record]]) -> list[str]:
