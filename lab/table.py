@@ -272,9 +272,10 @@ def schedules(shelf: Shelf) -> Section | None:
 def _points(
     found: dict[str, dict[str, Any]], x_of: Callable[[str, str], float | None]
 ) -> dict[str, list[Point]]:
-    """By domain with a score: a point for each contender that has both figures."""
+    """By domain with a score: a point for each contender that has both figures; variants are for the tables."""
     panels: dict[str, list[Point]] = {}
-    for name, record in found.items():
+    whole = {name: record for name, record in found.items() if not CONTENDERS[name].is_variant}
+    for name, record in whole.items():
         for domain, told in record["domains"].items():
             x, y = x_of(name, domain), score(told, domain)
             if x is not None and y is not None:
