@@ -14,15 +14,24 @@ from lab.ablation_readings import (
     Figures,
     Reading,
     domains_of,
-    label,
     over_ar,
     quality,
-    strategy_kind,
 )
 from tidar.bench.plot import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def label(name: str) -> Reading:
+    """A value that tells cases apart."""
+    return lambda case, domain: case["labels"][name]
+
+
+def strategy_kind(case: Figures, domain: str) -> str:
+    """Strategies that differ in a number alone are points of one line."""
+    name: str = case["labels"]["strategy"]
+    return name.split(",")[0].split(" >")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,7 @@ CURVES: Final[Mapping[str, Curve]] = {
         label("alpha"), label("beta"), "beta: trust in the causal logits",
         {"quality": quality, "tokens per forward, own text": OWN},
     ),
-    "draft-lens": Curve(label("trained"), label("K"), "K that is used, tokens", REAL_TEXT, 2),
+    "draft-lens": Curve(label("trained"), label("K"), "K that is used, tokens (32: six spans)", REAL_TEXT, 2),
     "anchors": Curve(label("anchors"), label("K"), "K, tokens", REAL_TEXT, 2),
     "labels": Curve(label("labels"), label("K"), "K, tokens", REAL_TEXT, 2),
     "tokens": Curve(

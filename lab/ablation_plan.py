@@ -40,7 +40,7 @@ class Case:
     """One way to decode some weights.
 
     model: their folder in the laboratory's OUT. labels: what tells this case from the others of its
-    ablation, as columns of its table. beta: see `Tidar`. writes: whether texts are written freely as well;
+    ablation, and its tables name. beta: see `Tidar`. writes: whether texts are written freely as well;
     exact methods with one K write what those with another write.
     """
 

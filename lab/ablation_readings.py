@@ -16,11 +16,6 @@ def domains_of(record: Figures) -> list[str]:
     return list(record["cases"][0]["domains"])
 
 
-def label(name: str) -> Reading:
-    """A value that tells cases apart."""
-    return lambda case, domain: case["labels"][name]
-
-
 def figure_of(which: str, name: str) -> Reading:
     """Of texts: which is "forced" (the real ones) or "free" (the model's own)."""
 
@@ -42,12 +37,6 @@ def quality(case: Figures, domain: str) -> float | None:
     if told is None:
         return None
     return told["valid_python"] if told["exact_match"] is None else told["exact_match"]
-
-
-def strategy_kind(case: Figures, domain: str) -> str:
-    """Strategies that differ in a number alone are points of one line."""
-    name: str = case["labels"]["strategy"]
-    return name.split(",")[0].split(" >")[0]
 
 
 def tokens_per_second(case: Figures, domain: str, batch: int) -> float | None:

@@ -78,20 +78,20 @@ def table_of_cases(record: Figures) -> Table:
     columns = _named(cases, list(cases[0]["labels"]))
     if "spans" in columns:
         first = domains_of(record)[0]
-        columns["rows a step"] = [_cell(ROWS(case, first), ".0f") for case in cases]
+        columns[f"{first}: rows a step"] = [_cell(ROWS(case, first), ".0f") for case in cases]
     for domain in domains_of(record):
         columns[f"{domain}: real text"] = [_cell(REAL(case, domain), ".2f") for case in cases]
         columns[f"{domain}: own text"] = [_cell(OWN(case, domain), ".2f") for case in cases]
         columns |= _quality_column(record, cases, domain)
-    return _table(f"T/NFE, temperature 0, {_counts(record)}", columns)
+    return _table(_caption(record), columns)
 
 
 def table_by_len(record: Figures) -> Table:
-    """A row for each model: T/NFE of real texts by the K that is used; of own texts, which the last one writes."""
+    """A row for each model: T/NFE of real texts by the K that is used; of own texts, which one K of each writes."""
     models = list(_by_model(record).values())
     firsts = [of[0] for of in models]
     columns = _named(firsts, model_labels(record))
-    lens = " / ".join(str(case["labels"]["K"]) for case in models[0])
+    lens = " / ".join(_length(case) for case in models[0])
     writers = [
         next((case for case in of if OWN(case, domains_of(record)[0])), of[0]) for of in models
     ]
@@ -99,10 +99,16 @@ def table_by_len(record: Figures) -> Table:
         columns[f"{domain}: real text, K = {lens}"] = [
             " / ".join(_cell(REAL(case, domain), ".2f") for case in of) for of in models
         ]
-        name = f"{domain}: own text, K = {writers[0]['labels']['K']}"
+        name = f"{domain}: own text, K = {_length(writers[0])}"
         columns[name] = [_cell(OWN(case, domain), ".2f") for case in writers]
         columns |= _quality_column(record, writers, domain)
-    return _table(f"T/NFE, temperature 0, {_counts(record)}", columns)
+    return _table(_caption(record), columns)
+
+
+def _length(case: Figures) -> str:
+    """K, with the span set where that is not dense."""
+    spans = case["method"].split(":")[2]
+    return f"{case['labels']['K']}" + ("" if spans == "dense" else f" {{{spans}}}")
 
 
 def _quality_column(record: Figures, cases: Sequence[Figures], domain: str) -> dict[str, list[str]]:
@@ -133,21 +139,22 @@ def speed_table(record: Figures, domain: str) -> Table:
     cases, batches = record["cases"], record["settings"]["batches"]
     columns = _named(cases, list(cases[0]["labels"]))
     for batch in batches:
-        columns[f"batch {batch}"] = [
-            f"{_cell(tokens_per_second(case, domain, batch), ',.0f')} "
-            f"({_cell(over_ar(record, case, domain, batch), '.2f')})"
-            for case in cases
-        ]
+        columns[f"batch {batch}"] = [_speed_cell(record, case, domain, batch) for case in cases]
     told = [case["domains"][domain] for case in cases]
     columns[f"T/NFE, batch {batches[0]}"] = [
         _cell(each[str(batches[0])]["tokens_per_forward"], ".2f") for each in told
     ]
-    counts = ", ".join(str(told[0][str(batch)]["prompts"]) for batch in batches)
+    counts = ", ".join(f"{told[0][str(batch)]['prompts']} at batch {batch}" for batch in batches)
     return _table(
-        f"{domain}: tokens/s (over AR), end to end, medians of {record['settings']['runs']} runs, the first "
-        f"{counts} prompts; temperature 0, the {record['settings']['engine']} engine",
+        f"{domain}: tokens/s (over AR), end to end, medians of {record['settings']['runs']} runs; temperature 0, up to "
+        f"{record['settings']['max_new_tokens']} tokens, the {record['settings']['engine']} engine; prompts: {counts}",
         columns,
     )
+
+
+def _speed_cell(record: Figures, case: Figures, domain: str, batch: int) -> str:
+    speed, gain = tokens_per_second(case, domain, batch), over_ar(record, case, domain, batch)
+    return "" if speed is None else f"{speed:,.0f} ({_cell(gain, '.2f')})"
 
 
 def _table(caption: str, columns: dict[str, list[str]]) -> Table:
@@ -156,9 +163,13 @@ def _table(caption: str, columns: dict[str, list[str]]) -> Table:
     return Table(caption, list(kept), list(zip(*kept.values(), strict=True)))
 
 
-def _counts(record: Figures) -> str:
+def _caption(record: Figures) -> str:
     counts = ", ".join(f"{each['count']} of {domain}" for domain, each in record["prompts"].items())
-    return f"prompts: {counts}; the {record['settings']['engine']} engine"
+    return (
+        "T/NFE at temperature 0 of the real text (teacher forced; only where decoding is exact) and of the model's "
+        f"own, whose quality is beside it, ± its standard error; prompts: {counts}; the "
+        f"{record['settings']['engine']} engine"
+    )
 
 
 def _share(value: float | None, count: int) -> str:

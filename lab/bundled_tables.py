@@ -15,7 +15,7 @@ from lab.page import (
     joined,
     markdown_table,
     number,
-    speed_cell,
+    reach,
 )
 
 ACCEPTANCE: Final = {
@@ -66,17 +66,17 @@ def _section(
 
 
 def _pictures(found: Sequence[tuple[str, Record]]) -> list[Picture]:
-    """One for the texts that had the same methods."""
-    alike: dict[tuple[str, ...], list[tuple[str, Record]]] = {}
+    """One for each kind of text, at whatever temperatures."""
+    kinds: dict[str, list[tuple[str, Record]]] = {}
     for label, record in found:
-        alike.setdefault(tuple(record["methods"]), []).append((label, record))
+        kinds.setdefault(label.partition(",")[0], []).append((label, record))
     return [
         Picture(
-            f"bundled_speed_{some[0][0].partition(',')[0].lower()}.png",
+            f"bundled_speed_{kind.lower()}.png",
             f"Tokens per second over AR by method: {'; '.join(label for label, _ in some)}",
             partial(_draw, some),
         )
-        for some in alike.values()
+        for kind, some in kinds.items()
     ]
 
 
@@ -136,7 +136,13 @@ def speeds(found: Sequence[tuple[str, Record]]) -> str:
 
 
 def _speed(told: Figures) -> str:
-    return speed_cell(told, (told.get("speed_up") or {}).get("end_to_end"))
+    """Speed over AR (median, least to most), T/NFE and tokens per second."""
+    rate = told.get("tokens_per_second")
+    return joined(
+        reach((told.get("speed_up") or {}).get("end_to_end")),
+        number(told.get("tokens_per_forward")),
+        number(rate and rate["median"], ",.0f"),
+    )
 
 
 def rivals(found: Sequence[tuple[str, Record]]) -> str:

@@ -19,7 +19,8 @@ from tidar.weights import Checkpoint, load_checkpoint
 class Contender:
     """A checkpoint and how it decodes. helper: the stage whose checkpoint `{helper}` in the method's name is.
 
-    is_variant: of another contender, with one setting changed.
+    is_variant: of another contender, with one setting changed: its quality is measured at temperature 0 alone, and it
+    is in the tables but not in the pictures.
     """
 
     stage: str

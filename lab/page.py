@@ -81,14 +81,6 @@ def reach(over: Mapping[str, float] | None) -> str:
     return f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})" if over else ""
 
 
-def speed_cell(told: Mapping[str, Any], over: Mapping[str, float] | None) -> str:
-    """Speed over AR (median, least to most), T/NFE and tokens per second of the figures of a method."""
-    rate = told.get("tokens_per_second")
-    return joined(
-        reach(over), number(told.get("tokens_per_forward")), number(rate and rate["median"], ",.0f")
-    )
-
-
 def command_of(record: Record) -> str:
     """What took a record of `tidar bench`, without where it was written to."""
     words = iter(record["command"][1:])

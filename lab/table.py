@@ -183,7 +183,7 @@ def speeds(shelf: Shelf, temperature: float) -> Section | None:
         return [[f"`{n}`", about["engine"], *map(cell, told[n])] for n, about in who.items()]
 
     over = rows(lambda each: joined(reach(each["over_ar"]), number(each["tokens_per_forward"])))
-    rates = rows(lambda each: number(each["tokens_per_second"]["median"], ",.0f"))
+    rates = rows(lambda each: number((each["tokens_per_second"] or {}).get("median"), ",.0f"))
     counts = ", ".join(f"{count} {domain}" for domain, count in asked["prompts"].items())
     head = ["contender", "engine", *domains]
     body = (

@@ -1,5 +1,6 @@
 """The laboratory's ablations: what varies, what is measured, and some of all of it, tiny, on the CPU."""
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from models import ROOT
 sys.path.append(str(ROOT))  # `lab` is run from the root of the repository
 
 from lab import ablation_measure, ablation_tables, ablations, run
-from lab.ablation_plan import TIDAR, VARIANT, VARIANTS, trained
+from lab.ablation_plan import DOMAINS, TIDAR, VARIANT, VARIANTS, Ablation, Case, trained
 from lab.ablation_plan import ablations as planned
 from lab.plan import COMMON, FULL, OWN_STEPS, SMOKE, STAGES
 from records import read_rows
@@ -178,35 +179,83 @@ def test_tables_and_figures_are_of_the_records_alone(name: str, out: Path, tmp_p
     for each in shown:
         assert f"{each.caption}:\n" in text
         assert all(f"| {' | '.join(row)} |" in text for row in (each.head, *each.rows))
-    if name in ("labels", "tokens"):
-        assert [len(each.rows) for each in shown] == [len(told["models"])] * 2
-    if name == "labels":
-        assert_rows_are_models(told, *shown)
-    elif name != "tokens":
-        assert all(len(each.rows) == len(told["cases"]) for each in shown)
-        for each in shown:
-            for case, row in zip(told["cases"], each.rows, strict=True):
-                assert list(row[: len(case["labels"])]) == [str(v) for v in case["labels"].values()]
     assert (tmp_path / f"ablation_{name}.png").stat().st_size > 10_000
 
 
-def assert_rows_are_models(
-    told: dict[str, Any], of_cases: ablation_tables.Table, of_losses: ablation_tables.Table
-) -> None:
-    """One row for each way to train: T/NFE at every K beside each other, and what its weights say."""
-    for index, name in enumerate(("the token", "half causal head")):
-        cases = [case for case in told["cases"] if case["labels"]["labels"] == name]
-        row = dict(zip(of_cases.head, of_cases.rows[index], strict=True))
-        forced = [case["domains"]["arithmetic"]["forced"]["tokens_per_forward"] for case in cases]
-        assert row["labels"] == name
-        assert row["arithmetic: real text, K = 4 / 8 / 16"] == " / ".join(
-            f"{v:.2f}" for v in forced
-        )
-        written = cases[-1]["domains"]["python"]["free"]["tokens_per_forward"]
-        assert row["python: own text, K = 16"] == f"{written:.2f}"
-        losses = told["losses"][cases[0]["model"]]["python"]
-        row = dict(zip(of_losses.head, of_losses.rows[index], strict=True))
-        assert row["python: bits per byte"] == f"{losses['bits_per_byte']:.3f}"
+def invented(name: str, ablation: Ablation) -> dict[str, Any]:
+    """A record of the full size whose numbers are all different."""
+    numbers = itertools.count(1)
+
+    def texts(case: Case) -> dict[str, Any]:
+        figures = {"tokens_per_forward": next(numbers) / 8, "rows_per_step": next(numbers)}
+        is_exact = parse_method(case.method).is_exact and case.beta == 1.0
+        share = {"valid_python": 0.5, "exact_match": None}
+        return {
+            "forced": figures if is_exact else None,
+            "free": {**figures, **share, "tokens_per_forward": next(numbers) / 8}
+            if case.writes
+            else None,
+        }
+
+    def loss() -> dict[str, Any]:
+        return {"bits_per_byte": next(numbers) / 8, "mask_loss": {"4": 1.0, "8": 2.0, "16": 3.0}}
+
+    return {
+        "ablation": name, "question": ablation.question,
+        "settings": {"engine": "plain", "held_out": 200},
+        "prompts": {domain: {"count": 64} for domain in DOMAINS},
+        "cases": [
+            {"labels": dict(c.labels), "model": c.model, "method": c.method, "domains": {d: texts(c) for d in DOMAINS}}
+            for c in ablation.cases
+        ],
+        "losses": {case.model: {domain: loss() for domain in DOMAINS} for case in ablation.cases},
+    }  # fmt: skip
+
+
+BY_LEN = ("draft-lens", "anchors", "labels", "tokens")
+"""Ablations whose models are used at several K: a row for each model."""
+
+
+@pytest.mark.parametrize("name", [n for n, each in planned(FULL).items() if not each.batches])
+def test_every_number_is_in_the_tables(name: str) -> None:
+    told = invented(name, planned(FULL)[name])
+    of_cases, *others = ablation_tables.tables(told)
+    assert len(of_cases.rows) == len(told["losses"] if name in BY_LEN else told["cases"])
+    cells = [part for row in of_cases.rows for cell in row for part in cell.split(" / ")]
+    for case in told["cases"]:
+        for texts in case["domains"].values():
+            for which in filter(None, texts.values()):
+                assert f"{which['tokens_per_forward']:.2f}" in cells
+        row = of_cases.rows[0 if name in BY_LEN else told["cases"].index(case)]
+        if name not in BY_LEN:
+            shown = [
+                format(v, ".3g") if isinstance(v, float) else str(v)
+                for v in case["labels"].values()
+            ]
+            assert list(row[: len(shown)]) == shown
+    assert len(others) == (len(told["losses"]) > 1)
+    for table in others:
+        assert len(table.rows) == len(told["losses"])
+        bits = [
+            each["bits_per_byte"]
+            for each in (losses["python"] for losses in told["losses"].values())
+        ]
+        at = table.head.index("python: bits per byte")
+        assert [row[at] for row in table.rows] == [f"{value:.3f}" for value in bits]
+
+
+def test_a_row_for_each_model_names_the_spans() -> None:
+    """K = 32 has six spans, and the text is that of K = 16."""
+    told = invented("draft-lens", planned(FULL)["draft-lens"])
+    of_cases, _ = ablation_tables.tables(told)
+    assert "python: real text, K = 4 / 8 / 16 / 32 {1,2,4,8,16,32}" in of_cases.head
+    row = dict(zip(of_cases.head, of_cases.rows[1], strict=True))
+    cases = [case for case in told["cases"] if case["labels"]["trained"] == "8"]
+    assert row["trained"] == "8"
+    figures = [case["domains"]["python"]["forced"]["tokens_per_forward"] for case in cases]
+    assert row[of_cases.head[1]] == " / ".join(f"{value:.2f}" for value in figures)
+    written = cases[2]["domains"]["python"]["free"]["tokens_per_forward"]
+    assert row["python: own text, K = 16"] == f"{written:.2f}"
 
 
 def test_given_again_it_finds_everything_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

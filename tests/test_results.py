@@ -80,6 +80,7 @@ def test_commands_are_understood() -> None:
                 "lab.run": run.make_parser(),
                 "lab.ablations": ablations.make_parser(ABLATIONS),
             }
+            # Without stages the laboratory runs all of them.
             asked = vars(parser[words[2]].parse_args(words[3:]))
             assert set(asked.get("names", asked.get("stages"))) <= known[words[2]], line
             continue

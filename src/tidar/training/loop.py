@@ -312,7 +312,7 @@ def close_group() -> None:
 
     The trainer holds the group too, so its threads live on. One that still holds a tensor of Python's needs the
     interpreter's lock to put it down; once the interpreter ends, asking for that lock aborts the process
-    (pytorch/pytorch#190489).
+    (pytorch/pytorch#179291).
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
