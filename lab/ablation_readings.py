@@ -16,7 +16,7 @@ def domains_of(record: Figures) -> list[str]:
     return list(record["cases"][0]["domains"])
 
 
-def figure_of(which: str, name: str) -> Reading:
+def figure_of(which: str, name: str) -> Callable[[Figures, str], float | None]:
     """Of texts: which is "forced" (the real ones) or "free" (the model's own)."""
 
     def read(case: Figures, domain: str) -> float | None:

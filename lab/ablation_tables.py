@@ -25,7 +25,7 @@ from lab.ablation_readings import (
     tokens_per_second,
 )
 from lab.command import exit_code
-from lab.page import Picture, Section, Shelf, markdown_table, write_page
+from lab.page import Picture, Section, Shelf, markdown_table, number, write_page
 from lab.plan import FULL
 from tidar.errors import TidarError
 
@@ -69,7 +69,11 @@ def _by_model(record: Figures) -> dict[str, list[Figures]]:
 
 def _named(cases: Sequence[Figures], names: Sequence[str]) -> dict[str, list[str]]:
     """Columns of labels."""
-    return {name: [_cell(case["labels"][name], "") for case in cases] for name in names}
+    return {name: [_label(case["labels"][name]) for case in cases] for name in names}
+
+
+def _label(value: float | str) -> str:
+    return number(value, ".3g") if isinstance(value, float) else str(value)
 
 
 def table_of_cases(record: Figures) -> Table:
@@ -78,10 +82,10 @@ def table_of_cases(record: Figures) -> Table:
     columns = _named(cases, list(cases[0]["labels"]))
     if "spans" in columns:
         first = domains_of(record)[0]
-        columns[f"{first}: rows a step"] = [_cell(ROWS(case, first), ".0f") for case in cases]
+        columns[f"{first}: rows a step"] = [number(ROWS(case, first), ".0f") for case in cases]
     for domain in domains_of(record):
-        columns[f"{domain}: real text"] = [_cell(REAL(case, domain), ".2f") for case in cases]
-        columns[f"{domain}: own text"] = [_cell(OWN(case, domain), ".2f") for case in cases]
+        columns[f"{domain}: real text"] = [number(REAL(case, domain), ".2f") for case in cases]
+        columns[f"{domain}: own text"] = [number(OWN(case, domain), ".2f") for case in cases]
         columns |= _quality_column(record, cases, domain)
     return _table(_caption(record), columns)
 
@@ -97,10 +101,10 @@ def table_by_len(record: Figures) -> Table:
     ]
     for domain in domains_of(record):
         columns[f"{domain}: real text, K = {lens}"] = [
-            " / ".join(_cell(REAL(case, domain), ".2f") for case in of) for of in models
+            " / ".join(number(REAL(case, domain), ".2f") for case in of) for of in models
         ]
         name = f"{domain}: own text, K = {_length(writers[0])}"
-        columns[name] = [_cell(OWN(case, domain), ".2f") for case in writers]
+        columns[name] = [number(OWN(case, domain), ".2f") for case in writers]
         columns |= _quality_column(record, writers, domain)
     return _table(_caption(record), columns)
 
@@ -139,10 +143,10 @@ def speed_table(record: Figures, domain: str) -> Table:
     cases, batches = record["cases"], record["settings"]["batches"]
     columns = _named(cases, list(cases[0]["labels"]))
     for batch in batches:
-        columns[f"batch {batch}"] = [_speed_cell(record, case, domain, batch) for case in cases]
+        columns[f"batch {batch}"] = [_speednumber(record, case, domain, batch) for case in cases]
     told = [case["domains"][domain] for case in cases]
     columns[f"T/NFE, batch {batches[0]}"] = [
-        _cell(each[str(batches[0])]["tokens_per_forward"], ".2f") for each in told
+        number(each[str(batches[0])]["tokens_per_forward"], ".2f") for each in told
     ]
     counts = ", ".join(f"{told[0][str(batch)]['prompts']} at batch {batch}" for batch in batches)
     return _table(
@@ -152,9 +156,9 @@ def speed_table(record: Figures, domain: str) -> Table:
     )
 
 
-def _speed_cell(record: Figures, case: Figures, domain: str, batch: int) -> str:
+def _speednumber(record: Figures, case: Figures, domain: str, batch: int) -> str:
     speed, gain = tokens_per_second(case, domain, batch), over_ar(record, case, domain, batch)
-    return "" if speed is None else f"{speed:,.0f} ({_cell(gain, '.2f')})"
+    return "" if speed is None else f"{speed:,.0f} ({number(gain, '.2f')})"
 
 
 def _table(caption: str, columns: dict[str, list[str]]) -> Table:
@@ -175,12 +179,6 @@ def _caption(record: Figures) -> str:
 def _share(value: float | None, count: int) -> str:
     """With the standard error that a share of `count` independent texts has."""
     return "" if value is None else f"{value:.0%} ± {math.sqrt(value * (1 - value) / count):.0%}"
-
-
-def _cell(value: float | str | None, form: str) -> str:
-    if isinstance(value, float) and not form:
-        form = ".3g"
-    return "" if value is None else format(value, form)
 
 
 # --- the page ---

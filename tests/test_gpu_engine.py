@@ -11,14 +11,16 @@ from models import BUNDLED, FAMILIES, ROOT, Excuses, ar_text, plain_logits, rand
 from test_paged_engine import collect, some_requests
 from torch import Tensor
 
+from tidar.decode import graphs
 from tidar.decode.backend import PlainBackend
 from tidar.decode.engine import FixedPlan
+from tidar.decode.paged_costs import capture_candidates, plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.hf_config import config_from_hf
 from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, dense_schedule, two_forward
 from tidar.model import Transformer
-from tidar.paged_cache import PagedCache, PagedRows
+from tidar.paged_cache import SLACK_BYTES, PagedCache, PagedRows
 from tidar.sampling import SamplingParams
 from tidar.weights import init_model, load_checkpoint
 
@@ -210,6 +212,26 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         PagedEngine(
             bundled(), FixedPlan(AUTOREGRESSIVE), EngineLimits(max_running=4, cache_tokens=1 << 33)
         )
+
+
+def test_memory_beside_weights_and_cache() -> None:
+    """All graphs that a plan may ask for, and texts: within what is left alone at start-up."""
+    model = random_15b().to(torch.bfloat16)
+    torch._C._cuda_clearCublasWorkspaces()  # of other tests
+    graphs._side_stream.cache_clear()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    limits = EngineLimits(max_running=4, cache_tokens=8192, max_draft_len=16)
+    engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits)
+    plan = plan_for(engine, (4, 8, 16), keep=False)
+    capture_candidates(engine, plan)
+    engine.plan = plan
+    prompts = [tuple(range(10 + i, 810 + i)) for i in range(4)]
+    runs = collect(engine, [Request(prompt=p, max_new_tokens=64) for p in prompts])
+    assert [len(run.ids) for run in runs] == [64] * 4
+    beside = torch.cuda.max_memory_allocated() - before - engine.cache.bytes
+    assert beside < SLACK_BYTES, f"{beside / 2**30:.2f} GiB"
 
 
 def test_reused_prefix_and_long_prompt_on_cuda(excuses: Excuses) -> None:

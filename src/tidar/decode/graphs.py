@@ -5,10 +5,11 @@ filter and rule of verification when it is first asked for. Replaying it is one 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tidar.decode.weighed import weighed
 from tidar.layout import Schedule
 
 Key = tuple[int, Schedule, bool, Rule]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,29 @@ class _Captured:
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Makes a GPU the current one, on which streams, events and Triton's launches are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def capture(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what `run` launches on the current device, and what it then returns.
+
+    It runs twice before, which compiles kernels. pool: the handle of a graph memory pool, None for a new one.
+    """
+    stream = _side_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return graph, result
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace, 32 MiB on an H200, for every stream it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class Runner:
@@ -118,15 +143,7 @@ class Runner:
     def _capture(self, step: Stepper, size: int) -> _Captured:
         """Nobody's slot serves for the runs that compile kernels: what they write is never read."""
         chosen = torch.full((size,), NOBODY, dtype=torch.int64, device=step.slots.prefix.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step(chosen)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            results = step(chosen)
+        graph, results = capture(lambda: step(chosen), self._pool)
         self._pool = graph.pool()
         first, second, third = (
             torch.empty(results.shape, dtype=results.dtype, pin_memory=True) for _ in range(3)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tidar.decode.graphs import capture
 from tidar.decode.rules import COMPARING, Rule
 from tidar.decode.slots import Slots, Stepper
 from tidar.decode.weighed import first_draft, weighed
@@ -147,14 +148,6 @@ class Prefill:
         """Nobody's slot serves for the runs that compile kernels: what they write is never read."""
         nobody = Entry(slot=0, start=0, end=0, left=1)
         buffer = self._pack(shape, [0] * shape.clean, nobody).to(self._device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run(shape, buffer)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            first = self._run(shape, buffer)
+        graph, first = capture(lambda: self._run(shape, buffer), self._pool)
         self._pool = graph.pool()
         return graph, buffer, first
