@@ -87,7 +87,9 @@ def draw(record: Figures, path: Path) -> None:
         _name_points(panels[0], record, domains)
     else:
         title = curve and {"weights": "alpha", "tokens": "K", "draft-lens": "K trained"}.get(name)
-        panels[0][0].legend(fontsize=7, title=title, title_fontsize=7)
+        panels[0][-1].legend(
+            loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7, title=title, title_fontsize=7
+        )
     figure.suptitle("\n".join(textwrap.wrap(record["question"], 80)), fontsize=10)
     save_figure(figure, path)
 
