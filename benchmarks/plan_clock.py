@@ -49,11 +49,6 @@ class Clocked:
         self.host += time.perf_counter() - began
         return schedule
 
-    def reconsider(self) -> None:
-        began = time.perf_counter()
-        self.plan.reconsider()
-        self.host += time.perf_counter() - began
-
     def observe(self, event: StepEvent) -> None:
         event = replace(event, seconds=self.seconds(event.schedule))
         began = time.perf_counter()

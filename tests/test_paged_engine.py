@@ -22,8 +22,7 @@ from torch import Tensor
 from tidar.decode.backend import PlainBackend
 from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
-from tidar.decode.request import Request, StepEvent
-from tidar.decode.scheduler import Work
+from tidar.decode.request import Request
 from tidar.decode.slots import Backend, Replay
 from tidar.layout import AUTOREGRESSIVE, Schedule, dense_schedule, two_forward
 from tidar.model import Transformer
@@ -427,42 +426,3 @@ def test_replayed_acceptance_follows_the_step_rule() -> None:
         drafted = 8 - shift
     mean = sum(expected) / len(expected)
     assert sum(counts) / len(counts) == pytest.approx(mean, rel=0.05)
-
-
-class Noting(FixedPlan):
-    """Writes down what it is asked, and when."""
-
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__(dense_schedule(3))
-        self.notes = notes
-
-    def choose(self, request_ids: Sequence[int]) -> Schedule:
-        self.notes.append("choose")
-        return super().choose(request_ids)
-
-    def reconsider(self) -> None:
-        self.notes.append("reconsider")
-
-    def observe(self, event: StepEvent) -> None:
-        self.notes.append("observe")
-
-
-@pytest.mark.parametrize("behind", [0, 1])
-def test_a_plan_thinks_while_its_pass_is_under_way(behind: int) -> None:
-    """Behind the launch, and before anybody waits for what it brings."""
-    model, notes = random_model("qwen3"), []
-    limits = EngineLimits(max_running=1, page_size=16, max_draft_len=3, behind=behind)
-    engine = PagedEngine(model, Noting(notes), limits)
-    launch = engine._launch
-
-    def noted(work: Work) -> Any:
-        launched = launch(work)
-        notes.append("launched")
-        return launched
-
-    engine._launch = noted  # type: ignore[method-assign]
-    collect(engine, [Request(prompt=random_prompt(model, 5, 0), max_new_tokens=12)])
-    assert notes.count("choose") > 3
-    told = " ".join(notes)
-    assert told.count("choose launched reconsider") == notes.count("choose")
-    assert told.startswith("choose launched reconsider " + ("observe", "choose")[behind])

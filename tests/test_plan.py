@@ -24,7 +24,6 @@ class Simulated:
         self.rejoined = rejoined
         self.late: list[StepEvent] = []
         schedule = plan.choose([0])
-        plan.reconsider()
         plan.observe(StepEvent(0, (1,), True, 0, 9, 9, schedule, 0.01, None))
         self.shift, self.length = 0, schedule.draft_len
         self.last = schedule.after(None)
@@ -34,7 +33,6 @@ class Simulated:
         schedules, counts = [], []
         for _ in range(steps):
             self.last = schedule = self.plan.choose([0]).after(self.last)
-            self.plan.reconsider()
             drafted = min(self.length, schedule.draft_rows)
             accepted = accept(self.rng, survival, self.shift, drafted, self.rejoined)
             rows = step_rows(schedule, drafted)
@@ -108,43 +106,16 @@ def test_decisions_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tidar.decode.plan.time.perf_counter", lambda: float(next(looks)))
     plan = MeasuredPlan(FREE, lag=1)
     plan.experience.steps = EARLY_STEPS + 1
-
-    def pass_for(*texts: int) -> Schedule:
-        schedule = plan.choose(texts)
-        plan.reconsider()
-        return schedule
-
-    pass_for(0)
+    first = plan.choose([0])
     decided = next(looks)
-    first = plan.schedule
     for text in range(1, 20):
-        assert pass_for(text) == first
+        assert plan.choose([text]) == first
     assert next(looks) == decided + 1
-    pass_for(30, 31)
-    assert plan.schedule.drafts  # so many at a time are another matter
+    assert plan.choose([30, 31]).drafts  # so many at a time are another matter
     assert next(looks) == decided + 4
     for _ in range(4000):  # a second is 100 AR steps, and 100 / 0.03 is 3,333
-        pass_for(30, 31)
+        plan.choose([30, 31])
     assert next(looks) == decided + 7
-
-
-def test_the_next_schedule_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a device waits for it: decisions are made behind that, and hold from the next pass on."""
-    made: list[str] = []
-    for name in ("_best", "_learn"):
-        kind = getattr(MeasuredPlan, name)
-        monkeypatch.setattr(
-            MeasuredPlan, name, lambda self, kind=kind, name=name: made.append(name) or kind(self)
-        )
-    plan = MeasuredPlan(FREE, lag=1, learn=8)
-    for step in range(60):
-        text, before = step // 6, len(made)
-        schedule = plan.choose([text])
-        assert len(made) == (before or 1)  # the very first one cannot wait
-        plan.reconsider()
-        plan.observe(StepEvent(text, (1,), False, 1, 1, 1, schedule, 0.01, None))
-    assert {"_best", "_learn"} == {*made}
-    assert plan.schedule.drafts
 
 
 def test_finds_its_schedule_within_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:

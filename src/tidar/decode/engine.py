@@ -28,13 +28,8 @@ class Plan(Protocol):
     def choose(self, request_ids: SequenceOf[int]) -> Schedule:
         """The schedule of the next pass while these requests run; one that has just joined is prefilled.
 
-        It comes at once: what takes time is for `reconsider`. Engines run `schedule.after(last)`: two-forward is
-        chosen like any other, its halves alternate.
+        Engines run `schedule.after(last)`: two-forward is chosen like any other, its halves alternate.
         """
-        ...
-
-    def reconsider(self) -> None:
-        """Called once the pass that was chosen is under way: time to think about the ones behind it."""
         ...
 
     def observe(self, event: StepEvent) -> None:
@@ -50,9 +45,6 @@ class FixedPlan:
 
     def choose(self, request_ids: SequenceOf[int]) -> Schedule:
         return self.schedule
-
-    def reconsider(self) -> None:
-        pass
 
     def observe(self, event: StepEvent) -> None:
         pass
@@ -160,7 +152,6 @@ class Engine:
         attend = self.cache.attend(first, len(sequences), step.visible)
         ids, positions = step.ids.to(self.device), step.positions.to(self.device)
         hidden, tapped = self.model.forward_with_taps(ids, positions, attend, step.taps)
-        self.plan.reconsider()
         if tapped:
             hidden = torch.cat((hidden, *tapped), dim=-1)
         verdicts = self.method.resolve(step, hidden, self.model.logits)

@@ -212,7 +212,6 @@ class PagedEngine:
             self._leave(request_id)
         if work:
             self._launched.append(self._launch(work))
-            self.plan.reconsider()  # in the shadow of what was launched, where a device runs on its own
         events: list[StepEvent] = []
         while len(self._launched) > (self.behind if work else 0):
             events += self._read(self._launched.popleft())

@@ -64,8 +64,7 @@ class MeasuredPlan:
     One plan paces one engine; `fresh` makes another for the same model and machine. costs: from
     `measure_costs`. draft_lens: values of K to choose from, those trained. margin: how much better than
     AR, or than the schedule in use, another one must look before it is taken. replan: steps between two
-    decisions. lag: steps whose outcome is not known yet when a step is planned; then a device runs them
-    on its own, and what is decided, in its shadow, holds from the next step on. learn: steps until a
+    decisions. lag: steps whose outcome is not known yet when a step is planned. learn: steps until a
     first look for a span set that suits what was seen, with ever fewer later; 0 keeps to the candidates,
     which are many then.
     """
@@ -102,8 +101,6 @@ class MeasuredPlan:
         self.trying = 0  # steps left of a try
         self.judging = 0  # steps until the outcome of a try is known
         self.hopeful = False  # whether the last verified draft had an accepted token
-        self.undecided = False  # whether a decision is due
-        self.curious = False  # whether a look for another span set is
 
     @classmethod
     def measure(
@@ -146,7 +143,7 @@ class MeasuredPlan:
         if joined:
             self.tracks = {i: track for i, track in self.tracks.items() if i in active}
             if self._in_time or len(active) != self.decided_for:
-                self._want(decision=True)
+                self._take(self._best())
             if not self.schedule.drafts and self.experience.may_try:
                 self.trying = TRY_STEPS  # a new text gets its chance, whatever the others were like
         self.experience.steps += 1
@@ -155,19 +152,19 @@ class MeasuredPlan:
             self.present = self._costs()
         self.age += 1
         if joined and self.learn and self.experience.steps >= self.learn_at:
+            self._learn()
             self.learn_at *= 8  # takes a while, and a new set may have to be captured
-            self._want(span_set=True)
         if self.judging:
             self.judging -= 1
             if not self.judging and self.hopeful:
-                self._want(decision=True)
+                self._take(self._best())
         elif self.schedule.drafts and not self.affordable:
             self._take(AUTOREGRESSIVE)
         elif self.schedule.drafts:
             # Sooner at first, when every step says much about a text that is new.
             due = self.age % self.replan == 0 or (self.age <= 16 and self.age % 4 == 2)
             if due and self._in_time:
-                self._want(decision=True)
+                self._take(self._best())
         elif not self.trying and self.age % TRY_PERIOD == 0 and self.experience.may_try:
             self.trying = TRY_STEPS
         if self.schedule.drafts or not self.trying:
@@ -178,22 +175,6 @@ class MeasuredPlan:
         if not self.trying:
             self.judging = 1 + self.lag
         return self.tried
-
-    def reconsider(self) -> None:
-        """See `Plan`."""
-        if self.undecided:
-            self.undecided = False
-            self._take(self._best())
-        if self.curious:
-            self.curious = False
-            self._learn()
-
-    def _want(self, *, decision: bool = False, span_set: bool = False) -> None:
-        """Has these made: at once where nothing runs meanwhile, and the first time, as nothing is known yet."""
-        self.undecided |= decision
-        self.curious |= span_set
-        if not self.lag or not self.decided_for:
-            self.reconsider()
 
     def observe(self, event: StepEvent) -> None:
         """See `Plan`."""
