@@ -62,21 +62,17 @@ class Chain:
         size, least = self.schedule.draft_len, self.schedule.anchors(self.schedule.draft_len)[:1]
         table, whole = np.zeros((size, size, size)), self._after(size)
         for shift, length in enumerate(self.lengths):
-            # Unless so short a draft has other spans, where it leads is a matter of n alone.
-            other = self.schedule.anchors(length)[:1] != least
-            row = self._after(length) if other else whole[:length]
+            # Unless it is too short for all of the spans, where it leads is a matter of n alone.
+            row = self._after(length) if (length,) < least else whole[:length]
             table[shift, np.arange(length), row] = 1.0
         return table
 
     def _after(self, drafted: int) -> list[int]:
         """The shift behind 1, 2, ... accepted tokens of `drafted`."""
-        shifts = []
-        for accepted in range(1, drafted + 1):
-            target = next_shift(self.schedule, drafted, accepted)
-            for step in self.more:
-                target = next_shift(step, 1, 1)
-            shifts.append(target)
-        return shifts
+        if self.more:  # each accepts one token, so the last of them alone says where that leads
+            return [next_shift(self.more[-1], 1, 1)] * drafted
+        anchors, last = self.schedule.anchors(drafted), self.schedule.draft_len - 1
+        return [_shift(anchors, accepted, last) for accepted in range(1, drafted + 1)]
 
     def rate(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> float:
         """Tokens per second in the long run; see `Family.rates`."""
@@ -167,12 +163,18 @@ def learned_span_set(
             for anchor in range(2, draft_len + 1)
             if anchor not in kept
         ]
-        family = Family(tuple(Chain(Schedule(draft_len, anchors)) for anchors in wider))
+        family = Family(tuple(chain_of(Schedule(draft_len, anchors)) for anchors in wider))
         rates = family.rates(survival, costs, first)
         if rates.max() <= best:
             break
         kept, best = wider[int(rates.argmax())], float(rates.max())
     return kept
+
+
+@lru_cache(maxsize=1024)
+def chain_of(schedule: Schedule) -> Chain:
+    """The chain of a schedule, one for all who ask: its table takes longer to make than to use."""
+    return Chain(schedule)
 
 
 @lru_cache(maxsize=16)
@@ -186,6 +188,9 @@ def families_of(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Famil
 
 def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
     """How far the next draft is shifted after `accepted` of `drafted` tokens; K - 1 leaves d[0] alone."""
-    last = schedule.draft_len - 1
-    anchor = nearest_anchor(schedule.anchors(drafted), accepted)
+    return _shift(schedule.anchors(drafted), accepted, schedule.draft_len - 1)
+
+
+def _shift(anchors: tuple[int, ...], accepted: int, last: int) -> int:
+    anchor = nearest_anchor(anchors, accepted)
     return min(accepted - anchor, last) if anchor else last
