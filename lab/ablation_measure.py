@@ -16,6 +16,7 @@ import torch
 from records import read_rows
 
 from lab.ablation_plan import DOMAINS, MASK_LOSS_LENS, Ablation, Case
+from lab.contenders import weights_digest
 from lab.plan import SMOKE, Scale
 from lab.quality import is_python_so_far
 from tidar.bench.measure import Settings, make_request, pick_engine, run_bench, run_pass
@@ -76,6 +77,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "draft_lens": list(meta.draft_lens) if meta else [],
         "alpha": meta.alpha if meta else None,
         "masking": meta.masking if meta else None,
+        "weights_sha256": weights_digest(checkpoint),
     }
 
 
@@ -117,7 +119,7 @@ def measured(ablation: Ablation, out: Path, scale: Scale) -> dict[str, Any]:
         }
         for model in models
     }
-    settings = {"engine": "plain", "batch": scale.ablated_prompts, "max_new_tokens": scale.new_tokens,
+    settings = {"engine": "plain", "seed": 0, "batch": scale.ablated_prompts, "max_new_tokens": scale.new_tokens,
                 "answer_tokens": scale.answer_tokens, "held_out": scale.held_out,
                 "mask_loss_lens": list(MASK_LOSS_LENS)}  # fmt: skip
     return {"settings": settings, "cases": cases, "losses": losses}

@@ -42,6 +42,7 @@ def bits_record(out: Path, stage: str, scale: Scale) -> dict[str, Any]:
         told[domain] = bits_per_byte(checkpoint, tokenizer, spec, texts, scale.draws)
     settings = {
         "held_out": scale.held_out, "samples": GROUPS * scale.draws if bound else 0, "is_bound": bound,
+        "seeds": list(range(GROUPS)) if bound else [],
     }  # fmt: skip
     return lab_record({stage: checkpoint}, settings, {"stage": stage, "bits_per_byte": told})
 

@@ -1,5 +1,6 @@
 """Who is compared: a checkpoint and a way to decode it, each with a name; and where the checkpoints are."""
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Contender:
     """A checkpoint and how it decodes. helper: the stage whose checkpoint `{helper}` in the method's name is.
 
     is_variant: of another contender, with one setting changed: its quality is measured at temperature 0 alone, and it
-    is in the tables but not in the pictures.
+    is a dot without a name in the pictures.
     """
 
     stage: str
@@ -62,6 +63,11 @@ CONTENDERS: Final[Mapping[str, Contender]] = {
 }
 """In the plain engine, which runs every method. Slow: a token a pass, as in the paper's tables."""
 
+EXACT_VARIANTS: Final = frozenset(
+    name for name, each in CONTENDERS.items() if each.is_variant and each.stage == "ar"
+)
+"""Variants whose text is AR's."""
+
 PAGED: Final[Mapping[str, Contender]] = {
     "ar-paged": Contender("ar", "ar", engine="paged"),
     "tidar-paged": Contender("tidar", "tidar:16:dense", engine="paged"),
@@ -99,6 +105,14 @@ def draft_lens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(checkpoint.meta.draft_lens) if checkpoint.meta else ()
 
 
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the weights' files: two trainings with the same seeds need not end in the same ones."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def lab_record(
     subjects: Mapping[str, Checkpoint], settings: Mapping[str, Any], results: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -107,6 +121,7 @@ def lab_record(
         stage: {
             "parameters": num_parameters(checkpoint.config),
             "trained_draft_lens": list(draft_lens(checkpoint)),
+            "weights_sha256": weights_digest(checkpoint),
         }
         for stage, checkpoint in subjects.items()
     }

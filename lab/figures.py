@@ -27,11 +27,12 @@ def colour(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A contender in a panel of a trade-off."""
+    """A contender in a panel of a trade-off. is_variant: of another one, whose name stands for both."""
 
     name: str
     x: float
     y: float
+    is_variant: bool = False
 
 
 def draw_trade_off(
@@ -42,13 +43,17 @@ def draw_trade_off(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (domain, points) in zip(axes, panels.items(), strict=True):
         for point in points:
-            axis.plot([point.x], [point.y], "o", color=colour(point.name), markersize=6)
+            inside = "white" if point.is_variant else colour(point.name)
+            size = 4.5 if point.is_variant else 6
+            axis.plot(
+                [point.x], [point.y], "o", color=colour(point.name), markersize=size, markerfacecolor=inside
+            )  # fmt: skip
         base = next((point.y for point in points if point.name == "ar"), None)
         if base is not None:
             axis.axhline(base, color=COLOURS["ar"], linewidth=0.8, linestyle=":")
         axis.set_xlim(0.0, 1.08 * max(1.0, *(point.x for point in points)))
         axis.set_ylim(-0.05, 1.05)
-        _write_names(axis, points)
+        _write_names(axis, [point for point in points if not point.is_variant])
         axis.set_title(domain, fontsize=10)
         axis.set_xlabel(x_label, fontsize=9)
         axis.set_ylabel(y_labels[domain], fontsize=9)

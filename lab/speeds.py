@@ -70,7 +70,7 @@ def speed_record(out: Path, temperature: float, scale: Scale) -> dict[str, Any]:
     }
     told = {domain: figures_of(take_turns(entrants, some)) for domain, some in prompts.items()}
     settings = {
-        "temperature": temperature, "max_new_tokens": scale.timed_tokens, "runs": RUNS, "batch": 1,
+        "temperature": temperature, "seed": 0, "max_new_tokens": scale.timed_tokens, "runs": RUNS, "batch": 1,
         "prompts": {domain: len(some) for domain, some in prompts.items()},
         "warm_up": f"one untimed pass of {WARM_UP_TOKENS} tokens: over every prompt in the paged engine, over the "
         "first in the plain one",

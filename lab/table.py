@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lab.command import exit_code
-from lab.contenders import CONTENDERS, SCHEDULES
+from lab.contenders import CONTENDERS, EXACT_VARIANTS, SCHEDULES
 from lab.figures import Point, draw_trade_off
 from lab.measure import TEMPERATURES, TIMED
 from lab.page import (
@@ -103,10 +103,9 @@ def quality(shelf: Shelf) -> Section | None:
         "answer, side by side in the plain engine.\n\n"
         + markdown_table(["contender", "method", *heads, "average"], rows)
     )
-    pictures = [_forward_picture(shelf), _speed_picture(shelf)]
     return _section(
         "quality", "quality and tokens per forward", body, [f"{name}_t0" for name in found],
-        *(each for each in pictures if each is not None),
+        *_forward_picture(shelf, 0.0),
     )  # fmt: skip
 
 
@@ -193,8 +192,9 @@ def speeds(shelf: Shelf, temperature: float) -> Section | None:
         + markdown_table(head, rates)
     )
     return _section(
-        f"speed-t{temperature:g}", f"speed at temperature {temperature:g}", body, [name]
-    )
+        f"speed-t{temperature:g}", f"speed at temperature {temperature:g}", body, [name],
+        *_speed_picture(shelf, temperature),
+    )  # fmt: skip
 
 
 # --- acceptance ---
@@ -222,7 +222,9 @@ def temperatures(shelf: Shelf) -> Section | None:
     )
     names = [f"{name}_t{each:g}" for name in CONTENDERS for each in TEMPERATURES]
     present = [name for name, _ in shelf.present(names)]
-    return _section("temperatures", "tokens per forward and repetition", body, present)
+    return _section(
+        "temperatures", "tokens per forward and repetition", body, present, *_forward_picture(shelf, 1.0)
+    )  # fmt: skip
 
 
 def _text_cell(told: dict[str, Any], domain: str) -> str:
@@ -270,48 +272,62 @@ def schedules(shelf: Shelf) -> Section | None:
 
 
 def _points(
-    found: dict[str, dict[str, Any]], x_of: Callable[[str, str], float | None]
+    shelf: Shelf, temperature: float, x_of: Callable[[str, str], float | None]
 ) -> dict[str, list[Point]]:
-    """By domain with a score: a point for each contender that has both figures; variants are for the tables."""
-    panels: dict[str, list[Point]] = {}
-    whole = {name: record for name, record in found.items() if not CONTENDERS[name].is_variant}
-    for name, record in whole.items():
-        for domain, told in record["domains"].items():
+    """By domain with a score: a point for each contender whose figure `x_of` (name, domain) tells.
+
+    Where no text of a variant was judged, an exact one's are worth what its contender's are: both are AR's.
+    """
+    found, panels = decoded(shelf, temperature), dict[str, list[Point]]()
+    for name, contender in CONTENDERS.items():
+        record = found.get(name)
+        if record is None and name in EXACT_VARIANTS:
+            record = found.get(name.rpartition("-")[0])
+        for domain, told in record["domains"].items() if record else ():
             x, y = x_of(name, domain), score(told, domain)
             if x is not None and y is not None:
-                panels.setdefault(domain, []).append(Point(name, x, y))
+                panels.setdefault(domain, []).append(Point(name, x, y, contender.is_variant))
     return panels
 
 
-def _picture(name: str, title: str, x_label: str, panels: dict[str, list[Point]]) -> Picture | None:
+def _picture(name: str, title: str, x_label: str, panels: dict[str, list[Point]]) -> list[Picture]:
     if not panels:
-        return None
+        return []
     labels = {domain: SCORE_NAMES[SCORES[domain]] for domain in panels}
-    alt = f"{title}: {x_label} against the score, a panel for each domain"
-    return Picture(name, alt, partial(draw_trade_off, panels, title, x_label, labels))
-
-
-def _forward_picture(shelf: Shelf) -> Picture | None:
-    found = decoded(shelf, 0.0)
-    panels = _points(
-        found, lambda name, domain: found[name]["domains"][domain]["tokens_per_forward"]
+    alt = (
+        f"{title}: {x_label} against the score, a panel for each domain; open: variants of the contender of that "
+        "colour (other draft lengths, a tree, a token a pass)"
     )
-    title = "Quality against tokens per forward, temperature 0"
-    return _picture("pareto_forward.png", title, "tokens per forward (T/NFE)", panels)
+    return [Picture(name, alt, partial(draw_trade_off, panels, title, x_label, labels))]
 
 
-def _speed_picture(shelf: Shelf) -> Picture | None:
-    timed = shelf.get("speed_t0")
-    if timed is None:
-        return None
+def _forward_picture(shelf: Shelf, temperature: float) -> list[Picture]:
+    found = decoded(shelf, temperature)
+
+    def forward(name: str, domain: str) -> float | None:
+        return found[name]["domains"][domain]["tokens_per_forward"] if name in found else None
+
+    return _picture(
+        f"pareto_forward_t{temperature:g}.png",
+        f"Quality against tokens per forward, temperature {temperature:g}",
+        "tokens per forward (T/NFE)",
+        _points(shelf, temperature, forward),
+    )
+
+
+def _speed_picture(shelf: Shelf, temperature: float) -> list[Picture]:
+    timed = shelf.get(f"speed_t{temperature:g}") or {"domains": {}}
 
     def over_ar(name: str, domain: str) -> float | None:
         told = timed["domains"].get(domain, {}).get(name)
         return told["over_ar"]["median"] if told and told["over_ar"] else None
 
-    panels = _points(decoded(shelf, 0.0), over_ar)
-    title = "Quality against speed, temperature 0, plain engine"
-    return _picture("pareto_speed.png", title, "tokens/s over AR", panels)
+    return _picture(
+        f"pareto_speed_t{temperature:g}.png",
+        f"Quality against speed, temperature {temperature:g}, plain engine",
+        "tokens/s over AR",
+        _points(shelf, temperature, over_ar),
+    )
 
 
 # --- files ---

@@ -124,6 +124,8 @@ def test_records_hold_every_case(out: Path) -> None:
     for name in SOME[:3]:
         told, plan = record(out, name), planned(SMOKE)[name]
         assert told["question"] == plan.question
+        digests = [each["weights_sha256"] for each in told["models"].values()]
+        assert len({*digests}) == len(digests) == len({case["model"] for case in told["cases"]})
         assert told["command"][1:] == ["-m", "lab.ablations", "--out", "OUT", "--smoke", name]
         assert [case["labels"] for case in told["cases"]] == [dict(c.labels) for c in plan.cases]
         for case, asked in zip(told["cases"], plan.cases, strict=True):

@@ -120,6 +120,12 @@ def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
     shelf = page.Shelf(folder)
     record = {path.stem: read_record(path) for path in folder.glob("*.json")}
     names = list(contenders.CONTENDERS)
+    digests = {
+        stage: {each["models"][stage]["weights_sha256"] for each in record.values() if stage in each["models"]}
+        for stage in ("ar", "tidar", "llada")
+    }  # fmt: skip
+    assert all(len(each) == 1 for each in digests.values())  # all measured the same weights
+    assert len({digest for each in digests.values() for digest in each}) == 3
     found = rows_of(text, "quality and tokens per forward")
     assert list(found) == [f"`{name}`" for name in names]
     for name in names:
@@ -166,7 +172,7 @@ def test_page_tells_what_the_records_say(smoke: Path, tmp_path: Path) -> None:
             each["methods"][name]["same_as_ar"]["differ"]
             for each in record["schedules_free"]["domains"].values()
         )))  # fmt: skip
-    for picture in ("pareto_forward", "pareto_speed"):
+    for picture in ("pareto_forward_t0", "pareto_forward_t1", "pareto_speed_t0", "pareto_speed_t1"):
         assert f"(images/{picture}.png)" in text
         assert (tmp_path / "docs" / "images" / f"{picture}.png").stat().st_size > 10_000
     for name in record:

@@ -105,6 +105,23 @@ def test_findings_belong_to_sections() -> None:
         assert (results.FINDINGS / f"{key}.md").read_text(encoding="utf-8").strip() in text
 
 
+def test_contenders_saw_equally_many_clean_tokens() -> None:
+    """By the logs of their trainings; the head of EAGLE learns on top of that, for a frozen model."""
+    folder = ROOT / "lab/records/training"
+
+    def clean_tokens(stage: str) -> float:
+        return float(
+            json.loads((folder / f"{stage}.jsonl").read_text().splitlines()[-1])["clean_tokens"]
+        )
+
+    behind_base = ("ar", "tidar", "tidar-again", "block-diffusion", "dream")
+    seen = {stage: clean_tokens("base") + clean_tokens(stage) for stage in behind_base}
+    seen |= {stage: clean_tokens(stage) for stage in ("llada", "draft")}
+    assert {*seen.values()} == {2000 * 131_072}
+    variants = {variant for ablation in ABLATIONS.values() for variant in ablation.variants}
+    assert {clean_tokens(name) for name in variants} == {300 * 131_072}
+
+
 def test_contents_lead_to_the_sections() -> None:
     made = results.sections(page.Shelf(*results.standard_folders()))
     text = PAGE.read_text(encoding="utf-8")
