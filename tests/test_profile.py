@@ -1,19 +1,29 @@
 """Step times by rows: finite, in order, of an engine that is left as it was; and what follows from them."""
 
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import ARCH, refused, tidar
 from models import random_model, random_prompt
+from rich.console import Console
 
 from tidar.bench.acceptance import Acceptance
-from tidar.bench.free_rows import free_rows, rate_schedules, step_figures, summarise_steps
+from tidar.bench.free_rows import (
+    draw_steps,
+    free_rows,
+    rate_schedules,
+    step_figures,
+    summarise_steps,
+)
 from tidar.bench.record import read_record
-from tidar.bench.shares import kernel_kind, kernel_shares
+from tidar.bench.shares import KINDS, kernel_times
+from tidar.cli.profile import show_profile
 from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
@@ -41,7 +51,10 @@ def test_steps_are_measured_and_the_engine_is_left_as_it_was() -> None:
         assert each.batch == 2
         assert each.count >= 3
         assert 0 < each.fastest <= each.seconds <= each.slowest < 60
-    assert kernel_shares(engine, SCHEDULES[1], 40) is None  # a GPU's kernels only
+    labels.clear()
+    (once,) = measure_steps(engine, SCHEDULES[:1], (1,), repeats=8, rounds=7, on_step=labels.append)
+    assert (once.count, len(labels)) == (14, 7)
+    assert kernel_times(engine, SCHEDULES[1], 40) is None  # a GPU's kernels only
     engine.pages.check()
     assert engine.pages.free == engine.pages.usable
     assert not engine.slots.page_table.any()
@@ -85,10 +98,11 @@ def test_replayed_graphs_are_timed_on_cuda() -> None:
     engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits_for(config, SCHEDULES, (40,), 2))
     for each in measure_steps(engine, SCHEDULES, (1, 40), 2):
         assert 1e-6 < each.fastest <= each.seconds < 0.1
-    shares = kernel_shares(engine, SCHEDULES[-1], 40, 2)
-    assert shares is not None
-    assert sum(shares.values()) == pytest.approx(1.0)
-    assert {"attention", "linear layers"} <= set(shares)
+    split = kernel_times(engine, SCHEDULES[-1], 40, 2)
+    assert split is not None
+    assert min(split[kind] for kind in ("attention", "attention projections", "MLP")) > 0
+    # Milliseconds of kernels in a step, against what a step takes without a profiler.
+    assert 0 < sum(split.values()) < 1e3 * 10 * each.slowest
     assert engine.pages.free == engine.pages.usable
 
 
@@ -150,10 +164,45 @@ def test_free_rows_and_ratings_by_hand() -> None:
     assert lines[0]["free_rows"] == {"1.1": 8, "1.25": 24}
 
 
-def test_kernels_by_name() -> None:
-    names = ("_paged_attention_kernel", "gemv_kernel", "nvjet_tst_64x8", "_choose_kernel", "vector")
-    kinds = ("attention", "linear layers", "linear layers", "choice of tokens", "other")
-    assert tuple(map(kernel_kind, names)) == kinds
+def synthetic(batch: int, context: int, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A line of "steps", and one of "kernels" with times that tell all of them apart."""
+    place = {"method": f"rows {rows}", "batch": batch, "context": context, "rows": rows}
+    kinds = dict.fromkeys(KINDS, 0.5) | {"attention": batch * context * rows, "MLP": 1e-3 * rows}
+    return (
+        {**place, "x_ar": float(rows), "milliseconds": 1.0, "prefix_milliseconds": None},
+        {**place, "gpu_milliseconds": sum(kinds.values()), "kinds": kinds},
+    )
+
+
+def test_kinds_are_drawn_and_shown(shape: Path) -> None:
+    """A panel below each batch: attention and MLP against rows, in the colours of the contexts above."""
+    pairs = [synthetic(b, c, rows) for b in (1, 4) for c in (1, 64) for rows in (80, 1, 16)]
+    steps, kernels = ([pair[at] for pair in pairs] for at in (0, 1))
+    to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+    panels = draw_steps(steps, "title", kernels).axes
+    assert len(panels) == 4
+    for column, batch in enumerate((1, 4)):
+        above, below = panels[column], panels[2 + column]
+        drawn = [line for line in below.lines if len(line.get_xdata())]
+        assert len(drawn) == 4
+        for number, context in enumerate((1, 64)):
+            attention, mlp = drawn[2 * number : 2 * number + 2]
+            for line, slope in ((attention, batch * context), (mlp, 1e-3)):
+                assert line.get_xydata().tolist() == [[rows, slope * rows] for rows in (1, 16, 80)]
+            colours = {to_rgb(each.get_color()) for each in (attention, mlp, above.lines[number])}
+            assert len(colours) == 1
+    assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["attention", "MLP"]
+    unseen = [{**line, "gpu_milliseconds": None, "kinds": None} for line in kernels]
+    assert len(draw_steps(steps, "title", unseen).axes) == len(draw_steps(steps, "title").axes) == 2
+
+    record = tidar("profile", "--shape", shape, "--random-weights", "--methods", "ar", "--context", 64,
+                   "--repeats", 1, "--device", "cpu", "--kernels", "--json", "-").json  # fmt: skip
+    assert record["kernels"] is None  # type: ignore[call-overload]
+    shown = Console(file=io.StringIO(), width=400)
+    show_profile({**record, "kernels": kernels[:6]}, shown)  # type: ignore[dict-item]
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "rows 16, batch 1, context 64: attention 1.02e+03 ms (100%), " in text
+    assert text.count("MLP") == 3  # of the longest context only
 
 
 # --- the command ---
@@ -189,6 +238,8 @@ def test_profile(shape: Path, tmp_path: Path) -> None:
     assert line["free_rows"]["1.1"] <= line["free_rows"]["1.25"] <= 272
     assert line["recommended"] == line["schedules"][0]["method"]
     assert png.stat().st_size > 10_000
+    assert " 7 bursts" in record["settings"]["warm_up"]
+    assert {step["steps_timed"] for step in record["steps"]} == {7}
     flat = " ".join(ran.out.split())
     for part in ("random weights", "free token slots", "context 512", "best", "tokens a step"):
         assert part in flat

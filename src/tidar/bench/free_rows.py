@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from tidar.bench.acceptance import Acceptance
 from tidar.bench.plot import new_figure, save_figure
+from tidar.bench.shares import ATTENTION, MLP
 from tidar.decode.step_times import StepTime
 from tidar.layout import AUTOREGRESSIVE, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Figures = dict[str, Any]
 
 FREE = (1.1, 1.25)
 """Costs in AR steps up to which rows are called free: next to nothing, and little."""
+
+DRAWN = ((ATTENTION, "-"), (MLP, "--"))
+"""Kinds of kernels that are drawn, and how: what grows with rows and context, what with rows alone."""
 
 
 def step_figures(times: Sequence[StepTime], names: Mapping[Schedule, str]) -> list[Figures]:
@@ -107,21 +112,42 @@ def summarise_steps(
     return found
 
 
-def save_plot(steps: Sequence[Figures], title: str, path: Path) -> None:
-    """Step time over AR against rows, a line per context, a panel per batch, into a PNG.
+def save_plot(
+    steps: Sequence[Figures], title: str, path: Path, *, kernels: Sequence[Figures] = ()
+) -> None:
+    """`draw_steps`, into a PNG. Raises TidarError without matplotlib or a place to write."""
+    save_figure(draw_steps(steps, title, kernels), path)
 
-    Raises TidarError without matplotlib or a place to write.
+
+def draw_steps(steps: Sequence[Figures], title: str, kernels: Sequence[Figures] = ()) -> "Figure":
+    """Step time over AR against rows, a line per context, a panel per batch.
+
+    kernels: of the same steps, what a record has as "kernels"; where a profiler saw any, panels below have the
+    GPU time of attention and of the MLP. Raises TidarError without matplotlib.
     """
     batches = list(dict.fromkeys(step["batch"] for step in steps))
-    figure = new_figure(1.0 + 5.0 * len(batches), 4.4)
-    panels = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
-    for axes, batch in zip(panels, batches, strict=True):
+    contexts = list(dict.fromkeys(step["context"] for step in steps))
+    split = [line for line in kernels if line["kinds"] is not None]
+    high = 2 if split else 1
+    figure = new_figure(1.0 + 5.0 * len(batches), 0.4 + 4.0 * high)
+    panels = figure.subplots(high, len(batches), squeeze=False, sharex="col", sharey="row")
+    for axes, batch in zip(panels[0], batches, strict=True):
         _draw(axes, [step for step in steps if step["batch"] == batch], f"batch {batch}")
-    panels[0].set_ylim(bottom=0.0)
-    panels[0].set_ylabel("step time, AR steps")
-    panels[0].legend(title="context")
+    panels[0][0].set_ylabel("step time, AR steps")
+    panels[0][0].legend(title="context")
+    if split:
+        for axes, batch in zip(panels[1], batches, strict=True):
+            _draw_kinds(axes, [line for line in split if line["batch"] == batch], contexts)
+        panels[1][0].set_ylabel("GPU time of a step, ms")
+        for kind, style in DRAWN:
+            panels[1][0].plot([], [], style, color="0.3", label=kind)
+        panels[1][0].legend()
+    for row in panels:
+        row[0].set_ylim(bottom=0.0)
+    for axes in panels[-1]:
+        axes.set_xlabel("rows of a sequence's step")
     figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    return figure
 
 
 def _draw(axes: "Axes", steps: Sequence[Figures], title: str) -> None:
@@ -141,5 +167,20 @@ def _draw(axes: "Axes", steps: Sequence[Figures], title: str) -> None:
             fontsize=7,
             color="0.4",
         )
-    axes.set_xlabel("rows of a sequence's step")
     axes.set_title(title, fontsize=9)
+
+
+def _draw_kinds(axes: "Axes", lines: Sequence[Figures], contexts: Sequence[int]) -> None:
+    """Attention and MLP of one batch against rows, in the colours that the contexts have above."""
+    for number, context in enumerate(contexts):
+        mine = [line for line in lines if line["context"] == context]
+        for kind, style in DRAWN:
+            spent = sorted((line["rows"], line["kinds"][kind]) for line in mine)
+            axes.plot(
+                [rows for rows, _ in spent],
+                [milliseconds for _, milliseconds in spent],
+                style,
+                marker="o",
+                markersize=3.5,
+                color=f"C{number}",
+            )

@@ -21,7 +21,7 @@ from tidar.bench.prompts import Prompt
 from tidar.bench.record import gpu_clocks
 from tidar.bench.summary import Figures, ratio, run_figures, speed_figures, spread
 from tidar.decode.spec import MethodSpec
-from tidar.errors import TidarError
+from tidar.errors import OutOfMemory, TidarError
 from tidar.hf_config import config_from_hf, read_json
 from tidar.model import ModelConfig, Transformer, num_parameters
 
@@ -141,13 +141,17 @@ def sweep(
         gc.collect()  # engines of the cell before, and their graphs
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        doing = f"measuring a context of {cell.context:,} tokens at batch {cell.batch}"
+        device, lower = model.embed.weight.device, "Lower --batch, --context or K (--methods)."
         try:
-            yield measure_cell(model, cell, settings, on_pass)
-        except (TidarError, torch.OutOfMemoryError) as error:
+            with OutOfMemory(doing, device, lower):
+                figures = measure_cell(model, cell, settings, on_pass)
+        except TidarError as error:
             if len(cells) == 1:
-                raise TidarError(str(error)) from error
+                raise
             told = {"context": cell.context, "batch": cell.batch}
-            yield {**told, "error": str(error), "methods": {}}
+            figures = {**told, "error": str(error), "methods": {}}
+        yield figures
 
 
 def cell_figures(passes: Passes, settings: Settings, meter: MemoryMeter) -> dict[str, Figures]:

@@ -33,6 +33,9 @@ DEFAULT_METHODS = (
 DEFAULT_CONTEXTS = (512, 1024, 4096, 8192)
 DEFAULT_MEAN = 4
 
+ROUNDS = 7
+"""Bursts of each kind of step, in turn with all others; a figure is the median of all their steps."""
+
 MethodsArg = Annotated[
     str | None,
     typer.Option(
@@ -53,7 +56,8 @@ ReplayArg = Annotated[
 ]
 RepeatsArg = Annotated[int, typer.Option(help="Timed steps of each kind, at least.")]
 KernelsArg = Annotated[
-    bool, typer.Option("--kernels", help="On CUDA, also the share of time by kind of kernel.")
+    bool,
+    typer.Option("--kernels", help="On CUDA, also the GPU time of each step by kind of kernel."),
 ]
 JsonArg = Annotated[
     Path | None, typer.Option("--json", help="Write the record to this file; - prints it.")
@@ -163,7 +167,7 @@ def measure_profile(
     from tidar.bench.record import make_record
     from tidar.decode.engine import FixedPlan
     from tidar.decode.paged_engine import PagedEngine
-    from tidar.decode.step_times import ROUNDS, WARM_UP, limits_for
+    from tidar.decode.step_times import WARM_UP, limits_for
     from tidar.layout import AUTOREGRESSIVE
 
     longest = max(each.draft_len for each in schedules)
@@ -171,7 +175,7 @@ def measure_profile(
     limits = limits_for(network.config, tuple(schedules), contexts, max(batches))
     engine = PagedEngine(network, FixedPlan(AUTOREGRESSIVE), limits)
     times = _time_steps(engine, tuple(schedules), contexts, batches, repeats)
-    shares = _kernels(engine, schedules, max(contexts), batches) if kernels else None
+    split = _kernels(engine, times, schedules) if kernels else None
     return make_record(
         command=["tidar", *sys.argv[1:]],
         device=engine.device,
@@ -192,7 +196,7 @@ def measure_profile(
         results={
             "steps": step_figures(times, schedules),
             "summary": summarise_steps(times, acceptance, schedules),
-            "kernels": shares,
+            "kernels": split,
         },
     )
 
@@ -208,7 +212,7 @@ def _time_steps(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tidar.decode.step_times import ROUNDS, measure_steps
+    from tidar.decode.step_times import measure_steps
 
     total = ROUNDS * len(schedules) * len(contexts) * len(batches)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -221,29 +225,37 @@ def _time_steps(
                 contexts,
                 batch,
                 repeats=repeats,
+                rounds=ROUNDS,
                 on_step=lambda label: progress.update(task, advance=1, description=label),
             )
         return found
 
 
 def _kernels(
-    engine: "PagedEngine", schedules: "dict[Schedule, str]", context: int, batches: Sequence[int]
+    engine: "PagedEngine", times: "Sequence[StepTime]", names: "dict[Schedule, str]"
 ) -> list[dict[str, Any]] | None:
-    """Shares of GPU time by kind of kernel behind the longest prefix; None off CUDA."""
-    from tidar.bench.shares import kernel_shares
+    """GPU time of every timed step by kind of kernel, in milliseconds; None off CUDA."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from tidar.bench.shares import kernel_times
 
     if not engine.runner.graphs:
         return None
-    return [
-        {
-            "method": name,
-            "context": context,
-            "batch": batch,
-            "shares": kernel_shares(engine, schedule, context, batch),
-        }
-        for batch in batches
-        for schedule, name in schedules.items()
-    ]
+    found = []
+    for each in track(times, "kernels", console=Console(stderr=True), transient=True):
+        kinds = kernel_times(engine, each.schedule, each.context, each.batch)
+        found.append(
+            {
+                "method": names[each.schedule],
+                "context": each.context,
+                "batch": each.batch,
+                "rows": each.rows,
+                "gpu_milliseconds": None if kinds is None else sum(kinds.values()),
+                "kinds": kinds,
+            }
+        )
+    return found
 
 
 def report(record: dict[str, Any], path: Path | None, png: Path | None) -> None:
@@ -259,7 +271,7 @@ def report(record: dict[str, Any], path: Path | None, png: Path | None) -> None:
     if path is not None and not printed:
         write_record(path, record)
     if png is not None:
-        save_plot(record["steps"], heading(record), png)
+        save_plot(record["steps"], heading(record), png, kernels=record["kernels"] or ())
     if printed:
         typer.echo(dumps(record, indent=1))
     else:
@@ -298,8 +310,12 @@ def show_profile(record: dict[str, Any], console: "Console") -> None:
         style="dim",
     )
     console.print(f"Schedules are rated for: {acceptance_line(record['acceptance'])}")
+    longest = max(record["settings"]["context"])
     for line in record["kernels"] or ():
-        console.print(f"{line['method']}, batch {line['batch']}: {_shares(line['shares'])}")
+        if line["context"] == longest:  # the others are in the record
+            console.print(
+                f"{line['method']}, batch {line['batch']}, context {longest:,}: {_split(line)}"
+            )
 
 
 def _show_batch(record: dict[str, Any], batch: int, console: "Console") -> None:
@@ -334,10 +350,10 @@ def _cell(step: dict[str, Any]) -> str:
     return f"{step['milliseconds']:.3g} ({step['x_ar']:.2f}x{over})"
 
 
-def _shares(shares: dict[str, float] | None) -> str:
-    """Kinds of kernels, the dearest first."""
-    if shares is None:
-        return "the profiler saw no kernels"
-    return ", ".join(
-        f"{kind} {part:.0%}" for kind, part in sorted(shares.items(), key=lambda s: -s[1])
-    )
+def _split(line: dict[str, Any]) -> str:
+    """Kinds of kernels, the dearest first, with milliseconds and shares of all GPU time."""
+    if line["kinds"] is None:
+        return "the profiler did not see all kernels"
+    whole = line["gpu_milliseconds"]
+    parts = sorted(line["kinds"].items(), key=lambda kind: -kind[1])
+    return ", ".join(f"{kind} {spent:.3g} ms ({spent / whole:.0%})" for kind, spent in parts)

@@ -32,7 +32,7 @@ SPIN_UP = 0.3
 """Seconds of work before anything is counted on a GPU, whose clocks rise only under load."""
 
 ROUNDS = 3
-"""Bursts of each kind of step; all kinds take turns, so that a disturbance hits all alike."""
+"""Bursts of each kind of step where nobody asks for more: a plan that starts must not take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,18 @@ def measure_steps(
     batch: int = 1,
     *,
     repeats: int = 30,
+    rounds: int = ROUNDS,
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[StepTime]:
     """Times a step of every schedule behind prefixes of every length, for `batch` sequences at a time.
 
     engine: idle; it is as before afterwards, but for graphs it has captured. repeats: steps that count,
-    at least, for each median. Results are in the order of contexts, then schedules. on_step is called
-    `ROUNDS` times for each. Raises TidarError where the engine has not enough slots, positions or pages.
+    at least, for each median. rounds: bursts that they are spread over; all kinds of steps take turns, so that
+    a disturbance hits all alike. Results are in the order of contexts, then schedules. on_step is called
+    `rounds` times for each. Raises TidarError where the engine has not enough slots, positions or pages.
     """
     check_room(engine, schedules, contexts, batch)
-    burst = -(-repeats // ROUNDS)
+    burst = -(-repeats // rounds)
     seconds: dict[tuple[int, Schedule], list[float]] = {}
     with (
         on_device(engine.device),
@@ -106,7 +108,7 @@ def measure_steps(
         began = time.perf_counter()
         while engine.runner.graphs and time.perf_counter() - began < SPIN_UP:
             seat.time_burst(schedules[-1], contexts[-1], WARM_UP)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for context in contexts:
                 for schedule in reversed(schedules):
                     found = seat.time_burst(schedule, context, WARM_UP + burst)
