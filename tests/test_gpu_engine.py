@@ -208,14 +208,22 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
     """Named: what was needed, and which setting lowers it."""
     from tidar.errors import TidarError
 
-    with pytest.raises(TidarError, match="cache_tokens"):
+    with pytest.raises(TidarError, match=r"needs .* GiB .* Lower cache_tokens to [\d,]+ or less"):
         PagedEngine(
             bundled(), FixedPlan(AUTOREGRESSIVE), EngineLimits(max_running=4, cache_tokens=1 << 33)
         )
 
 
-def test_memory_beside_weights_and_cache() -> None:
-    """All graphs that a plan may ask for, and texts: within what is left alone at start-up."""
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(temperature=1.0, top_k=50, top_p=0.9)],
+    ids=["greedy", "filters"],
+)
+def test_memory_beside_weights_and_cache(params: SamplingParams) -> None:
+    """All graphs that a plan may ask for, and texts: within what is left alone at start-up.
+
+    A text alone on six spans projects 112 rows at once, the most that a sort of the vocabulary has to face.
+    """
     model = random_15b().to(torch.bfloat16)
     torch._C._cuda_clearCublasWorkspaces()  # of other tests
     graphs._side_stream.cache_clear()
@@ -228,8 +236,11 @@ def test_memory_beside_weights_and_cache() -> None:
     capture_candidates(engine, plan)
     engine.plan = plan
     prompts = [tuple(range(10 + i, 810 + i)) for i in range(4)]
-    runs = collect(engine, [Request(prompt=p, max_new_tokens=64) for p in prompts])
+    requests = [Request(prompt=p, max_new_tokens=64, params=params) for p in prompts]
+    runs = collect(engine, requests)
     assert [len(run.ids) for run in runs] == [64] * 4
+    engine.plan = FixedPlan(PRUNED)
+    assert [len(run.ids) for run in collect(engine, requests[:1])] == [64]
     beside = torch.cuda.max_memory_allocated() - before - engine.cache.bytes
     assert beside < SLACK_BYTES, f"{beside / 2**30:.2f} GiB"
 

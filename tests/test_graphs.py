@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from tidar.decode import graphs
+from tidar.errors import TidarError
 
 
 class Stream:
@@ -36,6 +38,10 @@ class Cuda:
     def current_device(self) -> int:
         return 1
 
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        assert device == torch.device("cuda:1")
+        return 3 << 29, 40 << 30
+
     def current_stream(self) -> Stream:
         return self.here
 
@@ -48,7 +54,11 @@ class Cuda:
     @contextmanager
     def graph(self, graph: str, pool: str | None) -> Iterator[None]:
         self.told.append(f"begin {graph} in {pool}")
-        yield
+        try:
+            yield
+        except RuntimeError:
+            self.told.append("broken off")
+            raise RuntimeError("CUDA error: operation failed") from None  # as CUDA's does
         self.told.append("end")
 
 
@@ -70,7 +80,7 @@ def test_all_captures_warm_up_on_one_stream(cuda: Cuda) -> None:
 
     for pool in (None, "pool"):
         cuda.told.clear()
-        assert graphs.capture(run, pool) == ("graph", 7)
+        assert graphs.capture(run, pool, "a step") == ("graph", 7)
         assert cuda.told == [
             "side of 1 waits for main",
             "run on side of 1",
@@ -81,3 +91,32 @@ def test_all_captures_warm_up_on_one_stream(cuda: Cuda) -> None:
             "end",
         ]
     assert cuda.made == [1]
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2], ids=["warm-up", "second", "capture"])
+def test_memory_that_runs_out_is_explained(cuda: Cuda, runs: int) -> None:
+    """Amount asked for, what was captured, what was free, what to lower."""
+
+    def run() -> None:
+        if sum(str(told).startswith("run") for told in cuda.told) == runs:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 40 GiB"
+            )
+        cuda.told.append(f"run on {cuda.here.name}")
+
+    with pytest.raises(TidarError) as refused:
+        graphs.capture(run, None, "a step of 8 sequences")
+    assert str(refused.value).startswith(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. That was while capturing a step of 8 sequences, with "
+        "1.50 GiB of the GPU's 40.00 GiB free. Lower max_running (--batch), max_draft_len (K)"
+    )
+    assert "cache_tokens" in str(refused.value)
+    assert "broken off" in cuda.told if runs == 2 else "broken off" not in cuda.told
+
+
+def test_other_errors_stay_what_they_are(cuda: Cuda) -> None:
+    def run() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        graphs.capture(run, None, "a step")

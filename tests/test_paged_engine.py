@@ -284,19 +284,25 @@ def test_cache_equals_one_from_scratch(behind: int) -> None:
     use(engine, Scripted(model, engine.cache, known, 3))
     checked = 0
     for turn, _ in enumerate(engine.run(requests)):
-        if turn % 5:
-            continue
-        for request_id, sequence in engine.sequences.items():
-            if request_id not in engine.slot_of or not sequence.emitted:
-                continue
-            tokens = [*sequence.request.prompt, *sequence.emitted][:-1]
-            if engine.pages.committed(request_id) != len(tokens):
-                continue
-            found = engine.cache.entries(engine.pages.table(request_id), len(tokens))
-            for actual, expected in zip(found, plain_cache(model, tokens), strict=True):
-                assert_equal(actual, expected)
-            checked += 1
+        if turn % 5 == 0:
+            checked += check_caches(engine, model)
     assert checked > 10
+
+
+def check_caches(engine: PagedEngine, model: Transformer) -> int:
+    """Law 5 for every sequence of which something is decoded; how many there were."""
+    checked = 0
+    for request_id, sequence in engine.sequences.items():
+        if request_id not in engine.slot_of or not sequence.emitted:
+            continue
+        tokens = [*sequence.request.prompt, *sequence.emitted][:-1]
+        if engine.pages.committed(request_id) != len(tokens):
+            continue
+        found = engine.cache.entries(engine.pages.table(request_id), len(tokens))
+        for actual, expected in zip(found, plain_cache(model, tokens), strict=True):
+            assert_equal(actual, expected)
+        checked += 1
+    return checked
 
 
 def trace(
@@ -332,7 +338,9 @@ def trace(
 def test_traces_of_arrivals_aborts_and_preemptions(
     behind: int, turns: int, excuses: Excuses
 ) -> None:
-    """10,000 turns in all; every text that ends is AR's, and every page comes back."""
+    """10,000 turns in all: every text that ends is AR's (K = 1 among the schedules), every cache that of its text,
+    and every page comes back.
+    """
     model = random_model("llama", width=16, layers=1)
     texts = {}
     for tag in range(6):
@@ -344,11 +352,15 @@ def test_traces_of_arrivals_aborts_and_preemptions(
     engine = PagedEngine(model, Irregular(behind, 5), limits)
     known = {tag: text.all for tag, text in texts.items()}
     use(engine, Scripted(model, engine.cache, known, 4), all_rows=bool(behind))
-    preempted = ended = aborted = 0
+    preempted = ended = aborted = looked = checked = 0
     inner = engine.scheduler.next
 
     def counted() -> Any:
-        nonlocal preempted
+        nonlocal preempted, looked, checked
+        looked += 1
+        if looked % 25 == 0:
+            with torch.inference_mode():
+                checked += check_caches(engine, model)
         work = inner()
         preempted += len(work.preempted)
         return work
@@ -363,6 +375,7 @@ def test_traces_of_arrivals_aborts_and_preemptions(
     assert ended > turns / 10
     assert aborted > 20
     assert preempted > 20
+    assert checked > turns / 50
 
 
 @pytest.mark.parametrize("all_rows", [True, False])

@@ -10,6 +10,7 @@ import torch
 from models import walk
 from torch import Tensor
 
+from tidar import sampling
 from tidar.errors import TidarError
 from tidar.sampling import (
     RowParams,
@@ -381,3 +382,38 @@ def test_rows_of_different_requests_choose_as_each_would_alone() -> None:
     plain = [i for i, p in enumerate(rows) if p.top_k == 0 and p.top_p == 1.0]
     params = RowParams(params.temperatures[plain], params.seeds[plain])
     assert torch.equal(choose_rows(logits[plain], params, positions[plain]), expected[plain])
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 8, 13, 31])
+def test_rows_are_chosen_a_few_at_a_time(
+    count: int, filtered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of up to six rows, one row, or all at once: the same tokens, each by its own parameters."""
+    generator = torch.Generator().manual_seed(count)
+    logits = (3 * torch.randn(count, 60, generator=generator)).bfloat16()
+    rows = torch.arange(count)
+    positions = torch.randint(0, 2**40, (count,), generator=generator)
+    params = RowParams(rows % 4 * 0.5, positions.flip(0))
+    if filtered:
+        params = RowParams(
+            params.temperatures, params.seeds, rows % 3 * 7, 1.0 - (rows % 5).float() * 0.2
+        )
+    expected = sampling._choose_at_once(logits, params, positions)
+    seen: list[int] = []
+    choose_at_once = sampling._choose_at_once
+
+    def counted(some: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(some))
+        return choose_at_once(some, *rest)
+
+    monkeypatch.setattr(sampling, "_choose_at_once", counted)
+    for most in (6, 1, 1000):
+        seen.clear()
+        monkeypatch.setattr(sampling, "CHOOSING_BYTES", most * 60 * sampling.BYTES_PER_LOGIT + 1)
+        assert torch.equal(choose_rows(logits, params, positions), expected)
+        assert sum(seen) == count
+        assert len(seen) == max(1, -(-count // most))
+        assert max(seen) - min(seen) <= 1
+    monkeypatch.setattr(sampling, "CHOOSING_BYTES", 1)  # less than a row needs
+    assert torch.equal(choose_rows(logits, params, positions), expected)

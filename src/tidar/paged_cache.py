@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tidar.attention import Attend
-from tidar.errors import TidarError
+from tidar.errors import OutOfMemory, TidarError, gib
 from tidar.kernels.reference import paged_attention_reference
 from tidar.model import ModelConfig
 
@@ -59,8 +59,9 @@ class PagedCache:
         self.num_pages, self.page_size = num_pages, page_size
         _check_memory(page_bytes(config, page_size, dtype), num_pages, page_size, device)
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-        self._keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._values = torch.zeros(shape, device=device, dtype=dtype)
+        with OutOfMemory(f"making the KV cache ({num_pages} pages)", device, "Lower cache_tokens."):
+            self._keys = torch.zeros(shape, device=device, dtype=dtype)
+            self._values = torch.zeros(shape, device=device, dtype=dtype)
         self.keys, self.values = list(self._keys), list(self._values)
 
     @property
@@ -112,12 +113,13 @@ def _check_memory(per_page: int, num_pages: int, page_size: int, device: torch.d
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    needed = per_page * num_pages
-    room = free - SLACK_BYTES
-    if needed > room:
-        raise TidarError(
-            f"the KV cache needs {needed / 2**30:.1f} GiB for {num_pages * page_size:,} positions "
-            f"({num_pages} pages), and {max(room, 0) / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB are free "
-            f"({SLACK_BYTES / 2**30:.1f} GiB are left alone for graphs and logits). Lower cache_tokens to "
-            f"{max(room, 0) // per_page * page_size:,} or less, or load a smaller model."
-        )
+    needed, room = per_page * num_pages, max(free - SLACK_BYTES, 0)
+    if needed <= room:
+        return
+    fitting = max(room // per_page - 1, 0) * page_size  # page 0 is nobody's
+    advice = f"Lower cache_tokens to {fitting:,} or less (--batch and --context set it), or load"
+    raise TidarError(
+        f"the KV cache needs {gib(needed)} for {(num_pages - 1) * page_size:,} positions ({num_pages} pages), and "
+        f"{gib(room)} of the GPU's {gib(total)} are free for it ({gib(SLACK_BYTES)} are left alone for graphs and "
+        f"logits). {advice if fitting else 'Not one page fits: load'} a smaller model, or in bfloat16."
+    )

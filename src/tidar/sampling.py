@@ -11,7 +11,7 @@ Two exact ways to sample (README, "Exactness"):
 Shapes: N rows, V vocabulary entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,12 @@ Draw = Callable[[Tensor], int]
 
 MIN_TEMPERATURE = 1e-5
 """Logits divided by less would overflow float32, and several of them become one infinity."""
+
+CHOOSING_BYTES = 64 << 20
+"""Memory that `choose_rows` takes beside the logits at most, or what one row needs where that is more."""
+
+BYTES_PER_LOGIT = 64
+"""What choosing holds for a logit at a time, rounded up: 48 bytes inside a GPU's stable sort, 31 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +191,15 @@ class RowParams:
     top_k: Tensor | None = None
     top_p: Tensor | None = None
 
+    def split(self, count: int) -> "Iterator[RowParams]":
+        """The same rows in `count` parts, of sizes that differ by one at most."""
+        each = (
+            [None] * count if values is None else values.tensor_split(count)
+            for values in (self.top_k, self.top_p)
+        )
+        always = (values.tensor_split(count) for values in (self.temperatures, self.seeds))
+        return (RowParams(*part) for part in zip(*always, *each, strict=True))
+
 
 def process_rows(logits: Tensor, params: RowParams) -> Tensor:
     """`process` for rows `[N, V]` of different requests; what greedy rows hold is of no use."""
@@ -198,10 +213,24 @@ def process_rows(logits: Tensor, params: RowParams) -> Tensor:
 def choose_rows(logits: Tensor, params: RowParams, positions: Tensor) -> Tensor:
     """`choose` for rows of different requests, int64 `[N]`, without a look at any value.
 
-    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen.
+    logits: `[N, V]`; positions: int64 `[N]`, of the tokens that are chosen. So many rows are taken at a time as
+    `CHOOSING_BYTES` are enough for; how many that is follows from the shape, so a CUDA graph can hold it.
     """
-    noise = gumbel_noise(params.seeds, positions, logits.shape[-1])
-    drawn = (process_rows(logits, params) + noise).argmax(dim=-1)
+    most = max(1, CHOOSING_BYTES // (BYTES_PER_LOGIT * logits.shape[-1]))
+    # Parts of even sizes: a GPU adds up a row that is left alone in another order, and rounds otherwise.
+    count = -(-len(logits) // most)
+    if count <= 1:
+        return _choose_at_once(logits, params, positions)
+    parts = zip(
+        logits.tensor_split(count), params.split(count), positions.tensor_split(count), strict=True
+    )
+    return torch.cat([_choose_at_once(*part) for part in parts])
+
+
+def _choose_at_once(logits: Tensor, params: RowParams, positions: Tensor) -> Tensor:
+    """`choose_rows` where there is memory for all rows."""
+    scaled = process_rows(logits, params)
+    drawn = (scaled + gumbel_noise(params.seeds, positions, logits.shape[-1])).argmax(dim=-1)
     return torch.where(params.temperatures == 0.0, logits.argmax(dim=-1), drawn)
 
 

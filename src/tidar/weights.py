@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from tidar.errors import TidarError
+from tidar.errors import OutOfMemory, TidarError, check_room, gib
 from tidar.families import FAMILIES
 from tidar.families.fields import Json
 from tidar.hf_config import (
@@ -90,7 +90,7 @@ def load_checkpoint(
 
     Raises:
         TidarError: no such folder or repository, an unsupported or quantized model, a draft head, missing,
-            unexpected or misshapen tensors, unreadable or pickled weights.
+            unexpected or misshapen tensors, unreadable or pickled weights, a device that has no room for them.
     """
     source = os.fspath(path_or_hub_id)
     folder = find_folder(source)
@@ -105,7 +105,8 @@ def load_checkpoint(
     config, meta = read_config(raw, generation)
     files = find_weights(folder)
     model = _empty_model(config, device, _resolve_dtype(dtype, raw, files))
-    fill_model(model, files)
+    with _loading(model, device):
+        fill_model(model, files)
     return Checkpoint(
         model=model.eval(),
         config=config,
@@ -233,7 +234,8 @@ def init_model(
     for a device that is not there, or has no room.
     """
     model = _empty_model(config, device, dtype)
-    model.init_weights(torch.Generator(device).manual_seed(seed))
+    with _loading(model, device):
+        model.init_weights(torch.Generator(device).manual_seed(seed))
     return model
 
 
@@ -244,10 +246,29 @@ def _empty_model(
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     try:
-        return model.to_empty(device=device)
+        what, needed, advice = _weights(model)
+        check_room(f"The weights ({what})", needed, torch.device(device), advice)
+        with _loading(model, device):
+            return model.to_empty(device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # An unknown device, a build without CUDA (AssertionError), and no memory all end here.
+        # An unknown device, and a build without CUDA (AssertionError), end here.
         raise TidarError(f"cannot place the model on device {str(device)!r}: {error}") from error
+
+
+def _loading(model: Transformer, device: str | torch.device) -> OutOfMemory:
+    """Raises TidarError where the device's memory runs out."""
+    what, needed, advice = _weights(model)
+    doing = f"loading the weights ({what}, {gib(needed)})"
+    return OutOfMemory(doing, torch.device(device), advice)
+
+
+def _weights(model: Transformer) -> tuple[str, int, str]:
+    """What the weights are, how many bytes they take, and which setting lowers that."""
+    count = sum(weight.numel() for weight in model.parameters())
+    dtype = model.embed.weight.dtype
+    what = f"{count:,} parameters in {str(dtype).removeprefix('torch.')}"
+    half = "Load them in bfloat16 (dtype), or load" if dtype.itemsize > 2 else "Load"
+    return what, count * dtype.itemsize, f"{half} a smaller model, or use another device."
 
 
 def _resolve_dtype(

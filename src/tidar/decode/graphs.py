@@ -5,8 +5,8 @@ filter and rule of verification when it is first asked for. Replaying it is one 
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -17,10 +17,17 @@ from torch import Tensor
 from tidar.decode.rules import COMPARING, Rule
 from tidar.decode.slots import NOBODY, Stepper, StepShape
 from tidar.decode.weighed import weighed
+from tidar.errors import OutOfMemory
 from tidar.layout import Schedule
 
 Key = tuple[int, Schedule, bool, Rule]
 T = TypeVar("T")
+
+LOWER = (
+    "Lower max_running (--batch), max_draft_len (K) or the number of spans; or lower cache_tokens (--context), "
+    "which leaves more beside the cache."
+)
+"""What takes memory beside weights and cache, or leaves less of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +38,34 @@ class _Captured:
     copies: tuple[Tensor, Tensor, Tensor]
 
 
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one, on which streams, events and Triton's launches are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the current one, on which streams, events and Triton's launches are.
+
+    Raises TidarError where its memory runs out.
+    """
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with OutOfMemory("running a turn of the engine", device, LOWER), current:
+        yield
 
 
-def capture(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(run: Callable[[], T], pool: Any, what: str) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of what `run` launches on the current device, and what it then returns.
 
     It runs twice before, which compiles kernels. pool: the handle of a graph memory pool, None for a new one.
+    what: the run in words, for the TidarError that is raised where memory runs out.
     """
-    stream = _side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = run()
+    device = torch.cuda.current_device()
+    with OutOfMemory(f"capturing {what}", torch.device("cuda", device), LOWER):
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
     return graph, result
 
 
@@ -143,7 +159,12 @@ class Runner:
     def _capture(self, step: Stepper, size: int) -> _Captured:
         """Nobody's slot serves for the runs that compile kernels: what they write is never read."""
         chosen = torch.full((size,), NOBODY, dtype=torch.int64, device=step.slots.prefix.device)
-        graph, results = capture(lambda: step(chosen), self._pool)
+        shape = step.shape
+        what = (
+            f"a step of {size} sequences of {len(shape.tail)} rows (K = {shape.schedule.draft_len}, "
+            f"spans at {list(shape.anchors)})"
+        )
+        graph, results = capture(lambda: step(chosen), self._pool, what)
         self._pool = graph.pool()
         first, second, third = (
             torch.empty(results.shape, dtype=results.dtype, pin_memory=True) for _ in range(3)

@@ -148,6 +148,7 @@ class Prefill:
         """Nobody's slot serves for the runs that compile kernels: what they write is never read."""
         nobody = Entry(slot=0, start=0, end=0, left=1)
         buffer = self._pack(shape, [0] * shape.clean, nobody).to(self._device)
-        graph, first = capture(lambda: self._run(shape, buffer), self._pool)
+        what = f"a prefill chunk of {shape.width} rows"
+        graph, first = capture(lambda: self._run(shape, buffer), self._pool, what)
         self._pool = graph.pool()
         return graph, buffer, first
