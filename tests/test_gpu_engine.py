@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_costs import capture_candidates, plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
+from tidar.decode.rules import draft_probs_bytes
 from tidar.hf_config import config_from_hf
 from tidar.layout import AUTOREGRESSIVE, Schedule, build_tail, dense_schedule, two_forward
 from tidar.model import Transformer
@@ -51,9 +53,8 @@ def bundled() -> Transformer:
 
 
 def random_15b() -> Transformer:
-    """The Qwen2.5-1.5B shape, cut to four layers, random weights."""
+    """The Qwen2.5-1.5B shape, all of its layers, random weights."""
     raw = json.loads((ROOT / "recipes/shapes/qwen2.5-1.5b.json").read_text())
-    raw |= {"num_hidden_layers": 4, "max_position_embeddings": 4096}
     config = config_from_hf(raw, mask_token_id=raw["vocab_size"] - 1)
     return init_model(config, 0, device="cuda").eval()
 
@@ -86,6 +87,12 @@ def step_logits(
     if isinstance(backend, FusedBackend):
         return backend.logits(hidden.flatten(0, 1)).float().view(batch, len(tail), -1)
     return model.logits(hidden).float()
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where step times are kept: taken by the first test that asks, read by the others."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -208,22 +215,31 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
     """Named: what was needed, and which setting lowers it."""
     from tidar.errors import TidarError
 
-    with pytest.raises(TidarError, match=r"needs .* GiB .* Lower cache_tokens to [\d,]+ or less"):
+    with pytest.raises(TidarError, match=r"GiB are needed .* Lower cache_tokens to [\d,]+ or less"):
         PagedEngine(
             bundled(), FixedPlan(AUTOREGRESSIVE), EngineLimits(max_running=4, cache_tokens=1 << 33)
         )
 
 
 @pytest.mark.parametrize(
-    "params",
-    [SamplingParams(), SamplingParams(temperature=1.0, top_k=50, top_p=0.9)],
-    ids=["greedy", "filters"],
+    ("params", "beta"),
+    [
+        (SamplingParams(), 1.0),
+        (SamplingParams(temperature=1.0, top_k=50, top_p=0.9), 1.0),
+        (SamplingParams(temperature=1.0, top_k=50, top_p=0.9, sampling="rejection"), 1.0),
+        (SamplingParams(), 0.5),
+    ],
+    ids=["greedy", "filters", "rejection", "beta"],
 )
-def test_memory_beside_weights_and_cache(params: SamplingParams) -> None:
+def test_memory_beside_weights_and_cache(
+    params: SamplingParams, beta: float, profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All graphs that a plan may ask for, and texts: within what is left alone at start-up.
 
     A text alone on six spans projects 112 rows at once, the most that a sort of the vocabulary has to face.
+    What rejection sampling keeps of its drafts comes beside that.
     """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(profiles))
     model = random_15b().to(torch.bfloat16)
     torch._C._cuda_clearCublasWorkspaces()  # of other tests
     graphs._side_stream.cache_clear()
@@ -232,17 +248,20 @@ def test_memory_beside_weights_and_cache(params: SamplingParams) -> None:
     torch.cuda.reset_peak_memory_stats()
     limits = EngineLimits(max_running=4, cache_tokens=8192, max_draft_len=16)
     engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits)
-    plan = plan_for(engine, (4, 8, 16), keep=False)
+    plan = plan_for(engine, (4, 8, 16))
     capture_candidates(engine, plan)
     engine.plan = plan
     prompts = [tuple(range(10 + i, 810 + i)) for i in range(4)]
     requests = [Request(prompt=p, max_new_tokens=64, params=params) for p in prompts]
-    runs = collect(engine, requests)
-    assert [len(run.ids) for run in runs] == [64] * 4
+    for request in requests:
+        engine.submit(request, beta=beta)
+    assert sum(len(event.ids) for event in engine.run()) == 4 * 64
     engine.plan = FixedPlan(PRUNED)
-    assert [len(run.ids) for run in collect(engine, requests[:1])] == [64]
+    engine.submit(requests[0], beta=beta)
+    assert sum(len(event.ids) for event in engine.run()) == 64
     beside = torch.cuda.max_memory_allocated() - before - engine.cache.bytes
-    assert beside < SLACK_BYTES, f"{beside / 2**30:.2f} GiB"
+    kept = draft_probs_bytes(model.config, 4, 16, 4) if params.rejects else 0
+    assert beside - kept < SLACK_BYTES, f"{beside / 2**30:.2f} GiB"
 
 
 def test_reused_prefix_and_long_prompt_on_cuda(excuses: Excuses) -> None:

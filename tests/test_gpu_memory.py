@@ -18,15 +18,16 @@ from torch.utils._pytree import tree_leaves
 import tidar as package
 import tidar.decode.shared as shared
 from tidar import paged_cache, sampling, weights
-from tidar.decode import graphs, prefill
+from tidar.decode import graphs, prefill, weighed
 from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
+from tidar.decode.rules import draft_probs_bytes
 from tidar.errors import TidarError
 from tidar.layout import Schedule
 from tidar.model import Transformer
 from tidar.paged_cache import SLACK_BYTES, PagedCache, page_bytes
-from tidar.sampling import RowParams, choose_rows
+from tidar.sampling import RowParams, SamplingParams, choose_rows
 from tidar.weights import init_model, load_checkpoint
 
 CUDA = torch.device("cuda")
@@ -80,12 +81,34 @@ def test_choosing_takes_a_constant_at_most(filtered: bool, dtype: torch.dtype) -
     assert live.peak < 7 * vocab * sampling.BYTES_PER_LOGIT
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 40 << 30) -> None:
-    """A GPU with so much memory, of which PyTorch keeps nothing."""
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_weighing_takes_a_constant_at_most(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rejection sampling, and beta, of eight at once: beside what the slots keep, a few at a time are weighed."""
+    vocab = 40_000
+    model = random_model("llama", vocab=vocab)
+    params = SamplingParams(temperature=1.0, sampling="rejection", top_k=top_k)
+    requests = [Request(prompt=(1, 2, 3), max_new_tokens=8, params=params)] * 8
+    peaks = []
+    for most in (sampling.CHOOSING_BYTES, 1 << 40):
+        monkeypatch.setattr(weighed, "CHOOSING_BYTES", most)
+        limits = EngineLimits(max_running=8, cache_tokens=512, page_size=16, max_draft_len=8)
+        engine = PagedEngine(model, FixedPlan(Schedule(8, (1, 3))), limits)
+        with Live() as live:
+            for index, request in enumerate(requests):
+                engine.submit(request, beta=0.5 if index % 2 else 1.0)
+            list(engine.run())
+        peaks.append(live.peak - draft_probs_bytes(model.config, 8, 8, 4))
+    assert peaks[0] < sampling.CHOOSING_BYTES < peaks[1]
+
+
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, free: int, *, total: int = 40 << 30, kept: int = 0
+) -> None:
+    """A GPU with so much memory, of which PyTorch keeps `kept` bytes for later until it is asked to give them back."""
+    keeps = [kept]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, total))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free - sum(keeps), total))
+    monkeypatch.setattr(torch.cuda, "empty_cache", keeps.clear)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_moved(
@@ -99,8 +122,8 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_moved(
         size = count * getattr(torch, name).itemsize
         gpu(monkeypatch, free=size - 1)
         said = (
-            f"The weights ({count:,} parameters in {name}) need {size / 2**30:.2f} GiB, and "
-            f"{(size - 1) / 2**30:.2f} GiB of the GPU's 40.00 GiB are free. {advice}"
+            f"{size / 2**30:.2f} GiB are needed for the weights ({count:,} parameters in {name}), and "
+            f"{(size - 1) / 2**30:.2f} GiB of the GPU's 40.00 GiB are free for that. {advice}"
         )
         with pytest.raises(TidarError, match=re.escape(said)):
             package.load(BUNDLED, device="cuda", dtype=name)
@@ -112,8 +135,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_moved(
 
 def test_what_pytorch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that was loaded before, say: weights are not refused where they would fit."""
-    gpu(monkeypatch, free=0)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 1 << 30)
+    gpu(monkeypatch, free=1 << 30, kept=1 << 30)
     monkeypatch.setattr(Transformer, "to_empty", lambda self, device: self)
     monkeypatch.setattr(weights, "fill_model", lambda model, files: None)
     assert load_checkpoint(BUNDLED, device="cuda").model.embed.weight.is_meta
@@ -151,11 +173,11 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         return PagedCache(config, pages, size, device=CUDA, dtype=torch.float32)
 
     pages = (5 << 30) // per_page
-    with pytest.raises(TidarError, match=r"needs .* GiB .* Lower cache_tokens") as told:
+    with pytest.raises(TidarError, match=r"GiB are needed .* Lower cache_tokens") as told:
         make(pages)
     said = str(told.value)
-    assert f"needs 5.00 GiB for {(pages - 1) * size:,} positions" in said
-    assert "0.00 GiB of the GPU's 40.00 GiB are free for it (0.50 GiB are left alone" in said
+    assert f"5.00 GiB are needed for the KV cache of {(pages - 1) * size:,} positions" in said
+    assert "0.00 GiB of the GPU's 40.00 GiB are free for that (0.50 GiB are left alone" in said
     found = re.search(r"Lower cache_tokens to ([\d,]+) or less", said)
     assert found is not None
     advised = int(found[1].replace(",", "")) // size

@@ -200,10 +200,12 @@ GREEDY = Request(prompt=(1, 2), max_new_tokens=7, params=SamplingParams(seed=1))
 NOISY = Request(prompt=(2,), max_new_tokens=6, params=SamplingParams(seed=2, temperature=1.0))
 
 
+@pytest.mark.parametrize("room", [1 << 30, 1], ids=["together", "one by one"])
 @pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
-def test_in_a_batch(draft: str, behind: int) -> None:
-    """Beside texts that compare choices, with room for all."""
+def test_in_a_batch(draft: str, behind: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside texts that compare choices, with room for all; weighed together, or one by one for want of memory."""
+    monkeypatch.setattr(weighed_module, "CHOOSING_BYTES", room)
     params = rejection(draft=draft, top_k=3)
     joint = paged_distribution(
         3,

@@ -20,6 +20,7 @@ from torch import Tensor
 from tidar.eagle_head import EagleConfig, EagleHead, published_taps
 from tidar.errors import TidarError
 from tidar.families.fields import Json
+from tidar.gpu_memory import OutOfMemory
 from tidar.hf_config import config_from_hf, config_to_hf, find_folder, read_json
 from tidar.model import ModelConfig
 from tidar.tensor_files import layer_slots, some, write_json
@@ -59,7 +60,9 @@ def load_eagle_head(
             )
         head = EagleHead(config, own_embedding=own)
         _fill(head, tensors)
-        head = head.to(device=device, dtype=dtype)
+        advice = "Load the head in bfloat16 (dtype), or use another device."
+        with OutOfMemory("loading the head", torch.device(device), advice):
+            head = head.to(device=device, dtype=dtype)
         for name, slot in head_slots(head).items():
             if not bool(torch.isfinite(slot).all()):
                 kind = str(dtype).removeprefix("torch.")

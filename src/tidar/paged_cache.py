@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tidar.attention import Attend
-from tidar.errors import OutOfMemory, TidarError, gib
+from tidar.gpu_memory import OutOfMemory, check_fits
 from tidar.kernels.reference import paged_attention_reference
 from tidar.model import ModelConfig
 
@@ -57,7 +57,7 @@ class PagedCache:
         dtype: torch.dtype,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        _check_memory(page_bytes(config, page_size, dtype), num_pages, page_size, device)
+        _check_fits(page_bytes(config, page_size, dtype), num_pages, page_size, device)
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
         with OutOfMemory(f"making the KV cache ({num_pages} pages)", device, "Lower cache_tokens."):
             self._keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -109,17 +109,11 @@ class PagedCache:
         return keys, values
 
 
-def _check_memory(per_page: int, num_pages: int, page_size: int, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    needed, room = per_page * num_pages, max(free - SLACK_BYTES, 0)
-    if needed <= room:
-        return
-    fitting = max(room // per_page - 1, 0) * page_size  # page 0 is nobody's
-    advice = f"Lower cache_tokens to {fitting:,} or less (--batch and --context set it), or load"
-    raise TidarError(
-        f"the KV cache needs {gib(needed)} for {(num_pages - 1) * page_size:,} positions ({num_pages} pages), and "
-        f"{gib(room)} of the GPU's {gib(total)} are free for it ({gib(SLACK_BYTES)} are left alone for graphs and "
-        f"logits). {advice if fitting else 'Not one page fits: load'} a smaller model, or in bfloat16."
-    )
+def _check_fits(per_page: int, num_pages: int, page_size: int, device: torch.device) -> None:
+    def advice(room: int) -> str:
+        fitting = max(room // per_page - 1, 0) * page_size  # page 0 is nobody's
+        lower = f"Lower cache_tokens to {fitting:,} or less (--batch and --context set it), or load"
+        return f"{lower if fitting else 'Not one page fits: load'} a smaller model, or in bfloat16."
+
+    what = f"the KV cache of {(num_pages - 1) * page_size:,} positions ({num_pages} pages)"
+    check_fits(what, per_page * num_pages, device, advice, left_alone=SLACK_BYTES)

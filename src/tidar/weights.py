@@ -15,9 +15,10 @@ from typing import Any, Final, Literal
 
 import torch
 
-from tidar.errors import OutOfMemory, TidarError, check_room, gib
+from tidar.errors import TidarError
 from tidar.families import FAMILIES
 from tidar.families.fields import Json
+from tidar.gpu_memory import OutOfMemory, check_fits, gib
 from tidar.hf_config import (
     TidarMeta,
     config_to_hf,
@@ -247,7 +248,7 @@ def _empty_model(
         model = Transformer(config).to(dtype)
     try:
         what, needed, advice = _weights(model)
-        check_room(f"The weights ({what})", needed, torch.device(device), advice)
+        check_fits(f"the weights ({what})", needed, torch.device(device), lambda room: advice)
         with _loading(model, device):
             return model.to_empty(device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

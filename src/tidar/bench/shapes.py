@@ -21,7 +21,8 @@ from tidar.bench.prompts import Prompt
 from tidar.bench.record import gpu_clocks
 from tidar.bench.summary import Figures, ratio, run_figures, speed_figures, spread
 from tidar.decode.spec import MethodSpec
-from tidar.errors import OutOfMemory, TidarError
+from tidar.errors import TidarError
+from tidar.gpu_memory import OutOfMemory
 from tidar.hf_config import config_from_hf, read_json
 from tidar.model import ModelConfig, Transformer, num_parameters
 

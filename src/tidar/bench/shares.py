@@ -15,7 +15,7 @@ import torch
 
 from tidar.decode.graphs import on_device
 from tidar.decode.paged_engine import PagedEngine
-from tidar.decode.step_times import SPIN_UP, WARM_UP, check_room, room_needed, seated
+from tidar.decode.step_times import SPIN_UP, WARM_UP, check_measurable, room_needed, seated
 from tidar.layout import Schedule
 
 ATTENTION = "attention"
@@ -145,7 +145,7 @@ def profiled_steps(
 
     if not engine.runner.graphs:
         return None
-    check_room(engine, (schedule,), (context,), batch)
+    check_measurable(engine, (schedule,), (context,), batch)
     marked = torch.zeros(1, device=engine.device)
     host = torch.zeros(1, pin_memory=True)
     with (

@@ -17,7 +17,7 @@ from torch import Tensor
 from tidar.decode.rules import COMPARING, Rule
 from tidar.decode.slots import NOBODY, Stepper, StepShape
 from tidar.decode.weighed import weighed
-from tidar.errors import OutOfMemory
+from tidar.gpu_memory import OutOfMemory
 from tidar.layout import Schedule
 
 Key = tuple[int, Schedule, bool, Rule]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tidar.decode.request import Request
-from tidar.errors import TidarError
+from tidar.gpu_memory import OutOfMemory, gib
 from tidar.model import ModelConfig
 
 FREE = -1
@@ -72,21 +72,18 @@ class SlotRules:
 
     def make_room(self, rule: Rule) -> None:
         """Allocates what this rule needs. Raises TidarError where there is no memory for it."""
-        try:
-            if rule.rejects and self.probs is None:
-                shape = (self.count + 1, self.max_draft_len - 1, self.config.vocab_size)
+        size = draft_probs_bytes(self.config, self.count, self.max_draft_len, self.dtype.itemsize)
+        doing = f"making room for the draft distributions of rejection sampling ({gib(size)})"
+        advice = "Use shared noise, or lower max_running or cache_tokens."
+        if rule.rejects and self.probs is None:
+            shape = (self.count + 1, self.max_draft_len - 1, self.config.vocab_size)
+            with OutOfMemory(doing, self.device, advice):
                 self.probs = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            if rule.forced and self.forced is None:
-                size = (self.count + 1, self.config.max_positions + 1)
-                self.forced = torch.full(size, FREE, dtype=torch.int64, device=self.device)
-        except torch.OutOfMemoryError:
-            wanted = draft_probs_bytes(
-                self.config, self.count, self.max_draft_len, self.dtype.itemsize
-            )
-            raise TidarError(
-                f"there is no memory for the draft distributions of rejection sampling, {wanted / 2**30:.2f} "
-                "GiB; use shared noise, or lower max_running or cache_tokens."
-            ) from None
+        if rule.forced and self.forced is None:
+            places = (self.count + 1, self.config.max_positions + 1)
+            doing = "making room for the tokens of teacher forcing"
+            with OutOfMemory(doing, self.device, "Lower max_running or cache_tokens."):
+                self.forced = torch.full(places, FREE, dtype=torch.int64, device=self.device)
 
     def enter(self, slot: int, request: Request, beta: float) -> None:
         """Notes how the request that takes this slot verifies."""

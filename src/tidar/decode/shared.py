@@ -20,6 +20,7 @@ from tidar.decode.paged_costs import plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request, StepEvent
 from tidar.errors import TidarError
+from tidar.gpu_memory import free_bytes
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.model import ModelConfig, Transformer
 from tidar.paged_cache import SLACK_BYTES, page_bytes
@@ -60,9 +61,7 @@ def cache_tokens_for(
     """Positions of the KV cache: full contexts for all, as far as they fit into a share of the free memory."""
     room = CPU_CACHE_BYTES
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch keeps for later does not count as free otherwise
-        free, _ = torch.cuda.mem_get_info(device)
-        room = int(GPU_SHARE * max(0, free - SLACK_BYTES))
+        room = int(GPU_SHARE * max(0, free_bytes(device) - SLACK_BYTES))
     wanted = max_running * -(-config.max_positions // page_size)
     pages = min(wanted, room // page_bytes(config, page_size, dtype))
     return max(1, pages) * page_size

@@ -96,7 +96,7 @@ def measure_steps(
     a disturbance hits all alike. Results are in the order of contexts, then schedules. on_step is called
     `rounds` times for each. Raises TidarError where the engine has not enough slots, positions or pages.
     """
-    check_room(engine, schedules, contexts, batch)
+    check_measurable(engine, schedules, contexts, batch)
     burst = -(-repeats // rounds)
     seconds: dict[tuple[int, Schedule], list[float]] = {}
     with (
@@ -126,7 +126,7 @@ def _step_time(schedule: Schedule, context: int, batch: int, seconds: Sequence[f
     return StepTime(schedule, context, batch, middle, min(seconds), max(seconds), len(seconds))
 
 
-def check_room(
+def check_measurable(
     engine: PagedEngine, schedules: Sequence[Schedule], contexts: Sequence[int], batch: int
 ) -> None:
     assert not engine.sequences, "steps are measured on an idle engine"

@@ -4,7 +4,9 @@ Sequences of one step may differ: each is verified by its own rule. It is the st
 with another verdict and another draft, in PyTorch on every device; like that one it can be captured.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from tidar.decode.rejection import chances, distributions, one_hot, residual
 from tidar.decode.rules import COMPARING, FREE, Rule, SlotRules
 from tidar.decode.slots import Stepper, count_passed, gather_rows
-from tidar.sampling import RowParams, choose_rows, process_rows
+from tidar.sampling import BYTES_PER_LOGIT, CHOOSING_BYTES, RowParams, choose_rows, process_rows
+
+BYTES_PER_WEIGHED_LOGIT = BYTES_PER_LOGIT + 16
+"""What a step holds for a logit at a time: it chooses, and keeps logits and the probabilities of both models."""
 
 
 def mixture(causal: Tensor, masked: Tensor, betas: Tensor, covered: Tensor) -> Tensor:
@@ -30,8 +35,8 @@ def mixture(causal: Tensor, masked: Tensor, betas: Tensor, covered: Tensor) -> T
 class WeighedStepper(Stepper):
     """`Stepper` for batches in which some do more than compare. rule: what all of them need together.
 
-    A step holds several `[B, K, V]` at a time, in float32 and int64: for batches of tens of sequences and a
-    large vocabulary that is gigabytes, which the choosing kernels of the fast path never need.
+    Of some sequences at a time a step holds several `[B, K, V]`, in float32 and int64: with a large vocabulary
+    those of a whole batch would be gigabytes, which the choosing kernels of the fast path never need.
     """
 
     rule: Rule = COMPARING
@@ -49,6 +54,25 @@ class WeighedStepper(Stepper):
         self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Stepper`."""
+        found = [
+            self._verify_part(hidden[part], chosen[part], prefix[part], drafts[part], lens[part])
+            for part in self._parts(len(chosen))
+        ]
+        verdicts, accepted = zip(*found, strict=True)
+        return torch.cat(verdicts), torch.cat(accepted)
+
+    def _parts(self, batch: int) -> Iterator[slice]:
+        """Which sequences to take at a time: as many as choosing may have memory for, or one."""
+        rows = self.shape.tail.num_drafts
+        one = BYTES_PER_WEIGHED_LOGIT * rows * self.rules.config.vocab_size
+        count = -(-batch // max(1, CHOOSING_BYTES // one))
+        ends = [batch * part // count for part in range(count + 1)]
+        return (slice(*each) for each in pairwise(ends))
+
+    def _verify_part(
+        self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_verify` where there is memory for all sequences."""
         shape, real = self.shape, self.shape.tail.num_drafts
         logits = self.logits(hidden[:, :real])
         if self.rule.mixes and shape.anchors:
@@ -130,8 +154,11 @@ class WeighedStepper(Stepper):
         if not self.rule.rejects or self.shape.schedule.draft_len == 1:
             return Stepper._draft(self, hidden, verdicts, chosen, prefix, anchor, shift)
         rows, predicts = self._drafting_rows(anchor, shift)
-        logits = self.logits(gather_rows(hidden, rows))
-        return self.propose(logits, chosen, prefix.long().unsqueeze(1) + predicts)
+        places, rows = prefix.long().unsqueeze(1) + predicts, gather_rows(hidden, rows)
+        parts = self._parts(len(chosen))
+        return torch.cat(
+            [self.propose(self.logits(rows[part]), chosen[part], places[part]) for part in parts]
+        )
 
     def propose(self, logits: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
         """Draft tokens `[B, N]` from a span's logits `[B, N, V]`; leaves what they were drawn from in the slots."""
