@@ -12,7 +12,7 @@ from models import BUNDLED, FAMILIES, ROOT, Excuses, ar_text, plain_logits, rand
 from test_paged_engine import collect, some_requests
 from torch import Tensor
 
-from tidar.decode import graphs
+from tidar.decode import graphs, weighed
 from tidar.decode.backend import PlainBackend
 from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_costs import capture_candidates, plan_for
@@ -278,11 +278,16 @@ def test_reused_prefix_and_long_prompt_on_cuda(excuses: Excuses) -> None:
         excuses.check(run.ids, ar_text(model, prompt, 20, SamplingParams()))
 
 
+@pytest.mark.parametrize("room", [weighed.CHOOSING_BYTES, 1], ids=["together", "one by one"])
 @pytest.mark.parametrize(
-    "schedule", [AUTOREGRESSIVE, dense_schedule(4), Schedule(8, (1, 3))], ids=str
+    "schedule", [AUTOREGRESSIVE, dense_schedule(4), Schedule(8, (1, 3)), two_forward(4)], ids=str
 )
-def test_weighed_texts_are_those_of_a_cpu(schedule: Schedule) -> None:
+def test_weighed_texts_are_those_of_a_cpu(
+    schedule: Schedule, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rejection, beta and teacher forcing in captured graphs: in float32 the same texts and accept counts."""
+    monkeypatch.setattr(weighed, "CHOOSING_BYTES", room)
+    monkeypatch.setattr(weighed, "PROJECTING_BYTES", room)
     model = random_model("qwen3")
     requests, _ = some_requests(model, {"temperature": 1.0, "sampling": "rejection", "top_k": 20})
     greedy, _ = some_requests(model, {})

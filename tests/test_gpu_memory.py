@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused
+from contenders import random_head, target
 from models import BUNDLED, random_model
 from test_paged_engine import assert_returned
 from torch import Tensor
@@ -23,8 +24,10 @@ from tidar.decode.engine import FixedPlan
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request
 from tidar.decode.rules import draft_probs_bytes
+from tidar.eagle_files import load_eagle_head, save_eagle_head
+from tidar.eagle_head import EagleHead
 from tidar.errors import TidarError
-from tidar.layout import Schedule
+from tidar.layout import Schedule, two_forward
 from tidar.model import Transformer
 from tidar.paged_cache import SLACK_BYTES, PagedCache, page_bytes
 from tidar.sampling import RowParams, SamplingParams, choose_rows
@@ -82,23 +85,31 @@ def test_choosing_takes_a_constant_at_most(filtered: bool, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("top_k", [0, 50])
-def test_weighing_takes_a_constant_at_most(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", [Schedule(8, (1, 3)), two_forward(8)], ids=str)
+def test_weighing_takes_a_constant_at_most(
+    schedule: Schedule, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rejection sampling, and beta, of eight at once: beside what the slots keep, a few at a time are weighed."""
     vocab = 40_000
     model = random_model("llama", vocab=vocab)
     params = SamplingParams(temperature=1.0, sampling="rejection", top_k=top_k)
     requests = [Request(prompt=(1, 2, 3), max_new_tokens=8, params=params)] * 8
-    peaks = []
-    for most in (sampling.CHOOSING_BYTES, 1 << 40):
+    peaks, texts = [], []
+    # Two at a time are weighed, of four that are projected; then all.
+    assert sampling.CHOOSING_BYTES // (weighed.BYTES_PER_WEIGHED_LOGIT * 8 * vocab) == 2
+    for most, projected in ((sampling.CHOOSING_BYTES, 4 * 2 * 8 * vocab * 4), (1 << 40, 1 << 40)):
         monkeypatch.setattr(weighed, "CHOOSING_BYTES", most)
+        monkeypatch.setattr(weighed, "PROJECTING_BYTES", projected)
         limits = EngineLimits(max_running=8, cache_tokens=512, page_size=16, max_draft_len=8)
-        engine = PagedEngine(model, FixedPlan(Schedule(8, (1, 3))), limits)
+        engine = PagedEngine(model, FixedPlan(schedule), limits)
         with Live() as live:
             for index, request in enumerate(requests):
                 engine.submit(request, beta=0.5 if index % 2 else 1.0)
-            list(engine.run())
+            texts.append([(event.request_id, event.ids) for event in engine.run()])
         peaks.append(live.peak - draft_probs_bytes(model.config, 8, 8, 4))
-    assert peaks[0] < sampling.CHOOSING_BYTES < peaks[1]
+    assert texts[0] == texts[1]
+    # A CPU sorts in little more than half the room that a GPU does.
+    assert peaks[0] < sampling.CHOOSING_BYTES / 2 < sampling.CHOOSING_BYTES < peaks[1]
 
 
 def gpu(
@@ -218,6 +229,54 @@ def test_memory_that_runs_out_in_a_turn(module: Any, monkeypatch: pytest.MonkeyP
     expected = "a step of 2 sequences of 12 rows (K = 4, spans at [1, 3])"
     assert told == [expected if module is graphs else "a prefill chunk of 20 rows"]
     assert_returned(engine)
+
+
+def test_memory_that_runs_out_for_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rejection keeps of its drafts, and the tokens of a forced text: refused when the request comes."""
+
+    def full(*args: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError(FULL)
+
+    limits = EngineLimits(max_running=2, cache_tokens=64, page_size=8, max_draft_len=4)
+    engine = PagedEngine(random_model("llama"), FixedPlan(Schedule(4, (1, 3))), limits)
+    rejecting = SamplingParams(temperature=1.0, sampling="rejection")
+    for name, told, request in (
+        (
+            "full",
+            r"tokens of teacher forcing\. Lower max_",
+            Request(prompt=(1, 2), max_new_tokens=9, forced=(1, 2, 3)),
+        ),
+        (
+            "zeros",
+            r"draft distributions .* Use shared noise, or",
+            Request(prompt=(1, 2), max_new_tokens=9, params=rejecting),
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, name, full)
+            with pytest.raises(TidarError, match=rf"2\.50 GiB\. That was while .* {told}"):
+                engine.submit(request)
+        assert_returned(engine)
+        list(engine.run([request]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.float32, "Load model and head in bfloat16"), (torch.bfloat16, "Load a smaller head")],
+)
+def test_memory_that_runs_out_for_a_head(
+    dtype: torch.dtype, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> EagleHead:
+        raise torch.OutOfMemoryError(FULL)
+
+    head = random_head(target(), range(20))
+    folder = save_eagle_head(tmp_path / "head", head, target().config)
+    monkeypatch.setattr(EagleHead, "to", full)
+    with pytest.raises(
+        TidarError, match=rf"2\.50 GiB\. That was while loading the head\. {advice}"
+    ):
+        load_eagle_head(folder, target().config, dtype=dtype)
 
 
 def test_what_never_fits_is_refused_at_once(

@@ -24,7 +24,7 @@ from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.rejection import HashDraws, Purpose
 from tidar.decode.request import Request
 from tidar.decode.weighed import WeighedStepper
-from tidar.layout import Schedule
+from tidar.layout import Schedule, two_forward
 from tidar.model import Transformer
 from tidar.sampling import Draw, SamplingParams
 
@@ -182,6 +182,17 @@ def test_text_has_the_ar_distribution(draft: str) -> None:
 
 
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
+@pytest.mark.parametrize(("draft_len", "behind"), [(2, 0), (3, 1)])
+def test_two_forward(draft_len: int, behind: int, draft: str) -> None:
+    """A step that drafts and one that verifies, in turn."""
+    params, draws = rejection(draft=draft, top_k=3), Branching(3)
+    limits = replace(LIMITS, behind=behind)
+    joint = paged_distribution(3, two_forward(draft_len), params, limits=limits, draws=draws)
+    assert distance(joint, ar_distribution(3, params)) < EXACT
+    assert draws.accepts >= {1, 2}
+
+
+@pytest.mark.parametrize("draft", ["sample", "argmax"])
 def test_drafts_cut_by_max_new_tokens(draft: str) -> None:
     params = rejection(draft=draft, top_k=2)
     joint = paged_distribution(3, Schedule(3, (1, 2, 3)), params, max_new_tokens=3)
@@ -200,12 +211,15 @@ GREEDY = Request(prompt=(1, 2), max_new_tokens=7, params=SamplingParams(seed=1))
 NOISY = Request(prompt=(2,), max_new_tokens=6, params=SamplingParams(seed=2, temperature=1.0))
 
 
-@pytest.mark.parametrize("room", [1 << 30, 1], ids=["together", "one by one"])
+@pytest.mark.parametrize("at_once", [3, 2, 1])
 @pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
-def test_in_a_batch(draft: str, behind: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside texts that compare choices, with room for all; weighed together, or one by one for want of memory."""
-    monkeypatch.setattr(weighed_module, "CHOOSING_BYTES", room)
+def test_in_a_batch(draft: str, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside texts that compare choices, with room for all; `at_once`: so many may be weighed at a time."""
+    each = weighed_module.BYTES_PER_WEIGHED_LOGIT * 2 * tiny().config.vocab_size
+    monkeypatch.setattr(weighed_module, "CHOOSING_BYTES", at_once * each)
+    if at_once == 1:
+        monkeypatch.setattr(weighed_module, "PROJECTING_BYTES", 1)
     params = rejection(draft=draft, top_k=3)
     joint = paged_distribution(
         3,

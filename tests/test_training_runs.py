@@ -85,6 +85,24 @@ def test_held_out_losses_do_not_depend_on_the_batch(home: Path, tmp_path: Path) 
         assert len(found[0]) == 2 - len(options)
 
 
+def test_memory_that_runs_out_says_what_to_lower(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tidar.training.loop import ObjectiveTrainer
+    from tidar.training.trainer import train
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+
+    monkeypatch.setattr(ObjectiveTrainer, "training_step", full)
+    config = TrainConfig.from_mapping(settings(home, tmp_path / "run", max_steps=2))
+    told = (
+        r"2\.50 GiB\. That was while training\. Lower per_device_train_batch_size .*_checkpointing"
+    )
+    with pytest.raises(TidarError, match=told):
+        train(config)
+
+
 def test_the_measurement_before_the_first_step_is_taken_once(home: Path, tmp_path: Path) -> None:
     from tidar.training.trainer import train
 

@@ -60,7 +60,12 @@ def load_eagle_head(
             )
         head = EagleHead(config, own_embedding=own)
         _fill(head, tensors)
-        advice = "Load the head in bfloat16 (dtype), or use another device."
+        half = (
+            "Load model and head in bfloat16 (dtype)"
+            if dtype.itemsize > 2
+            else "Load a smaller head"
+        )
+        advice = f"{half}, or use another device."
         with OutOfMemory("loading the head", torch.device(device), advice):
             head = head.to(device=device, dtype=dtype)
         for name, slot in head_slots(head).items():

@@ -14,10 +14,13 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a GPU has free, once PyTorch has given back what it keeps for later; so not while a graph is captured."""
+def release_unused(device: torch.device) -> tuple[int, int]:
+    """Has PyTorch give back what it keeps for later; the GPU's free bytes then, and all it has.
+
+    Not while a graph is captured.
+    """
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)
 
 
 def check_fits(
@@ -35,10 +38,10 @@ def check_fits(
     """
     if device.type != "cuda":
         return
-    room = max(free_bytes(device) - left_alone, 0)
+    free, total = release_unused(device)
+    room = max(free - left_alone, 0)
     if needed <= room:
         return
-    total = torch.cuda.mem_get_info(device)[1]
     beside = f" ({gib(left_alone)} are left alone for graphs and logits)" if left_alone else ""
     raise TidarError(
         f"{gib(needed)} are needed for {what}, and {gib(room)} of the GPU's {gib(total)} are free for that"

@@ -112,8 +112,10 @@ class PagedCache:
 def _check_fits(per_page: int, num_pages: int, page_size: int, device: torch.device) -> None:
     def advice(room: int) -> str:
         fitting = max(room // per_page - 1, 0) * page_size  # page 0 is nobody's
-        lower = f"Lower cache_tokens to {fitting:,} or less (--batch and --context set it), or load"
-        return f"{lower if fitting else 'Not one page fits: load'} a smaller model, or in bfloat16."
+        if not fitting:
+            return "Not one page fits: load a smaller model, or in bfloat16."
+        lower = f"Lower cache_tokens to {fitting:,} or less (--batch and --context set it)"
+        return f"{lower}, or load a smaller model, or in bfloat16."
 
     what = f"the KV cache of {(num_pages - 1) * page_size:,} positions ({num_pages} pages)"
     check_fits(what, per_page * num_pages, device, advice, left_alone=SLACK_BYTES)

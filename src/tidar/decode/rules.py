@@ -72,18 +72,24 @@ class SlotRules:
 
     def make_room(self, rule: Rule) -> None:
         """Allocates what this rule needs. Raises TidarError where there is no memory for it."""
+        if rule.rejects and self.probs is None:
+            self.probs = self._empty_probs()
+        if rule.forced and self.forced is None:
+            self.forced = self._nothing_forced()
+
+    def _empty_probs(self) -> Tensor:
         size = draft_probs_bytes(self.config, self.count, self.max_draft_len, self.dtype.itemsize)
         doing = f"making room for the draft distributions of rejection sampling ({gib(size)})"
         advice = "Use shared noise, or lower max_running or cache_tokens."
-        if rule.rejects and self.probs is None:
-            shape = (self.count + 1, self.max_draft_len - 1, self.config.vocab_size)
-            with OutOfMemory(doing, self.device, advice):
-                self.probs = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if rule.forced and self.forced is None:
-            places = (self.count + 1, self.config.max_positions + 1)
-            doing = "making room for the tokens of teacher forcing"
-            with OutOfMemory(doing, self.device, "Lower max_running or cache_tokens."):
-                self.forced = torch.full(places, FREE, dtype=torch.int64, device=self.device)
+        shape = (self.count + 1, self.max_draft_len - 1, self.config.vocab_size)
+        with OutOfMemory(doing, self.device, advice):
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _nothing_forced(self) -> Tensor:
+        doing = "making room for the tokens of teacher forcing"
+        shape = (self.count + 1, self.config.max_positions + 1)
+        with OutOfMemory(doing, self.device, "Lower max_running or cache_tokens."):
+            return torch.full(shape, FREE, dtype=torch.int64, device=self.device)
 
     def enter(self, slot: int, request: Request, beta: float) -> None:
         """Notes how the request that takes this slot verifies."""

@@ -20,7 +20,7 @@ from tidar.decode.paged_costs import plan_for
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.request import Request, StepEvent
 from tidar.errors import TidarError
-from tidar.gpu_memory import free_bytes
+from tidar.gpu_memory import release_unused
 from tidar.layout import AUTOREGRESSIVE, Schedule
 from tidar.model import ModelConfig, Transformer
 from tidar.paged_cache import SLACK_BYTES, page_bytes
@@ -61,7 +61,8 @@ def cache_tokens_for(
     """Positions of the KV cache: full contexts for all, as far as they fit into a share of the free memory."""
     room = CPU_CACHE_BYTES
     if device.type == "cuda":
-        room = int(GPU_SHARE * max(0, free_bytes(device) - SLACK_BYTES))
+        free, _ = release_unused(device)
+        room = int(GPU_SHARE * max(0, free - SLACK_BYTES))
     wanted = max_running * -(-config.max_positions // page_size)
     pages = min(wanted, room // page_bytes(config, page_size, dtype))
     return max(1, pages) * page_size

@@ -129,6 +129,7 @@ def _step_time(schedule: Schedule, context: int, batch: int, seconds: Sequence[f
 def check_measurable(
     engine: PagedEngine, schedules: Sequence[Schedule], contexts: Sequence[int], batch: int
 ) -> None:
+    """Raises TidarError where the engine has not enough slots or positions for these steps."""
     assert not engine.sequences, "steps are measured on an idle engine"
     assert schedules, "no schedule to measure"
     if not contexts or min(contexts) < 1:

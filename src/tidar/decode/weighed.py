@@ -4,7 +4,6 @@ Sequences of one step may differ: each is verified by its own rule. It is the st
 with another verdict and another draft, in PyTorch on every device; like that one it can be captured.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -17,7 +16,10 @@ from tidar.decode.slots import Stepper, count_passed, gather_rows
 from tidar.sampling import BYTES_PER_LOGIT, CHOOSING_BYTES, RowParams, choose_rows, process_rows
 
 BYTES_PER_WEIGHED_LOGIT = BYTES_PER_LOGIT + 16
-"""What a step holds for a logit at a time: it chooses, and keeps logits and the probabilities of both models."""
+"""What a step holds for a logit at a time: it chooses, and keeps the distributions of both sides."""
+
+PROJECTING_BYTES = 128 << 20
+"""Memory that logits take at most, or what those of one sequence need where that is more."""
 
 
 def mixture(causal: Tensor, masked: Tensor, betas: Tensor, covered: Tensor) -> Tensor:
@@ -35,8 +37,9 @@ def mixture(causal: Tensor, masked: Tensor, betas: Tensor, covered: Tensor) -> T
 class WeighedStepper(Stepper):
     """`Stepper` for batches in which some do more than compare. rule: what all of them need together.
 
-    Of some sequences at a time a step holds several `[B, K, V]`, in float32 and int64: with a large vocabulary
-    those of a whole batch would be gigabytes, which the choosing kernels of the fast path never need.
+    For each sequence it holds several `[K, V]`, in float32 and int64, which the choosing kernels of the fast path
+    never need. With a large vocabulary those of a whole batch would be gigabytes, so a few are weighed at a time.
+    Logits, which are small beside that, are made for as many as possible: each time reads all of the vocabulary.
     """
 
     rule: Rule = COMPARING
@@ -54,35 +57,40 @@ class WeighedStepper(Stepper):
         self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Stepper`."""
-        found = [
-            self._verify_part(hidden[part], chosen[part], prefix[part], drafts[part], lens[part])
-            for part in self._parts(len(chosen))
-        ]
+        shape, real = self.shape, self.shape.tail.num_drafts
+        found = []
+        for group in self._groups(len(chosen), real):
+            logits = self.logits(hidden[group, :real])
+            masked = covered = None
+            if self.rule.mixes and shape.anchors:
+                ends = shape.counting[:real] + 1
+                anchors = shape.choice_of_anchor[lens[group].unsqueeze(1), ends]
+                twins = shape.first_row[anchors] + ends - anchors
+                # Rows behind a draft's end have no anchor either, and are never asked.
+                twins = twins.clamp(max=len(shape.tail) - 1)
+                masked, covered = self.logits(gather_rows(hidden[group], twins)), anchors > 0
+            for inner, part in self._parts(group, real):
+                some = logits[inner]
+                if masked is not None and covered is not None:
+                    betas = self.rules.betas[chosen[part]]
+                    some = mixture(some, masked[inner], betas, covered[inner])
+                given = prefix[part].long(), drafts[part, :real], lens[part]
+                found.append(self.judge(some, chosen[part], *given))
         verdicts, accepted = zip(*found, strict=True)
         return torch.cat(verdicts), torch.cat(accepted)
 
-    def _parts(self, batch: int) -> Iterator[slice]:
-        """Which sequences to take at a time: as many as choosing may have memory for, or one."""
-        rows = self.shape.tail.num_drafts
-        one = BYTES_PER_WEIGHED_LOGIT * rows * self.rules.config.vocab_size
-        count = -(-batch // max(1, CHOOSING_BYTES // one))
-        ends = [batch * part // count for part in range(count + 1)]
-        return (slice(*each) for each in pairwise(ends))
+    def _groups(self, batch: int, rows: int) -> list[slice]:
+        """The sequences, `rows` rows of each, as many at a time as may have their logits at once."""
+        copies = 2 if self.rule.mixes else 1
+        one = copies * self.rules.dtype.itemsize * rows * self.rules.config.vocab_size
+        return _even(0, batch, PROJECTING_BYTES // one)
 
-    def _verify_part(
-        self, hidden: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`_verify` where there is memory for all sequences."""
-        shape, real = self.shape, self.shape.tail.num_drafts
-        logits = self.logits(hidden[:, :real])
-        if self.rule.mixes and shape.anchors:
-            ends = shape.counting[:real] + 1
-            anchors = shape.choice_of_anchor[lens.unsqueeze(1), ends]
-            twins = shape.first_row[anchors] + ends - anchors
-            # Rows behind a draft's end have no anchor either, and are never asked.
-            masked = self.logits(gather_rows(hidden, twins.clamp(max=len(shape.tail) - 1)))
-            logits = mixture(logits, masked, self.rules.betas[chosen], anchors > 0)
-        return self.judge(logits, chosen, prefix.long(), drafts[:, :real], lens)
+    def _parts(self, group: slice, rows: int) -> list[tuple[slice, slice]]:
+        """The sequences of a group, as many at a time as may be weighed at once: within it, and of all."""
+        one = BYTES_PER_WEIGHED_LOGIT * rows * self.rules.config.vocab_size
+        first, last = group.start, group.stop
+        parts = _even(first, last, CHOOSING_BYTES // one)
+        return [(slice(part.start - first, part.stop - first), part) for part in parts]
 
     def judge(
         self, logits: Tensor, chosen: Tensor, prefix: Tensor, drafts: Tensor, lens: Tensor
@@ -154,11 +162,15 @@ class WeighedStepper(Stepper):
         if not self.rule.rejects or self.shape.schedule.draft_len == 1:
             return Stepper._draft(self, hidden, verdicts, chosen, prefix, anchor, shift)
         rows, predicts = self._drafting_rows(anchor, shift)
-        places, rows = prefix.long().unsqueeze(1) + predicts, gather_rows(hidden, rows)
-        parts = self._parts(len(chosen))
-        return torch.cat(
-            [self.propose(self.logits(rows[part]), chosen[part], places[part]) for part in parts]
-        )
+        places, drafting = prefix.long().unsqueeze(1) + predicts, gather_rows(hidden, rows)
+        found = []
+        for group in self._groups(len(chosen), rows.shape[1]):
+            logits = self.logits(drafting[group])
+            found += [
+                self.propose(logits[inner], chosen[part], places[part])
+                for inner, part in self._parts(group, rows.shape[1])
+            ]
+        return torch.cat(found)
 
     def propose(self, logits: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
         """Draft tokens `[B, N]` from a span's logits `[B, N, V]`; leaves what they were drawn from in the slots."""
@@ -183,6 +195,13 @@ class WeighedStepper(Stepper):
 def _row(values: Tensor, index: Tensor) -> Tensor:
     """Row `index` `[B, 1]` of each of `values` `[B, N, V]`, `[B, V]`."""
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1])).squeeze(1)
+
+
+def _even(first: int, last: int, most: int) -> list[slice]:
+    """first .. last - 1 in slices of up to `most`, or of one, whose sizes differ by one at most."""
+    count = -(-(last - first) // max(1, most))
+    ends = [first + (last - first) * part // count for part in range(count + 1)]
+    return [slice(*each) for each in pairwise(ends)]
 
 
 def weighed(stepper: Stepper, rule: Rule) -> WeighedStepper:

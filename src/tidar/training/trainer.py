@@ -6,8 +6,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from tidar.errors import TidarError
+from tidar.gpu_memory import OutOfMemory
 from tidar.model import Transformer
 from tidar.training.checkpoints import disk_errors, replace_text, start_point
 from tidar.training.config import TrainConfig, parse_argument
@@ -37,6 +36,12 @@ from tidar.training.start import Start, make_encoding, make_start, read_as_base
 
 WARM_UP_STEPS = 10
 """Steps left out of the reported throughput: compilation and first allocations."""
+
+LOWER = (
+    "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much, which keeps the result), or "
+    "set gradient_checkpointing."
+)
+"""What makes training take less memory."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -92,7 +97,8 @@ def train(config: TrainConfig, *, on_interval: OnInterval | None = None) -> Trai
     trainer.add_callback(KeepModels(trainer, start))
     if arguments.process_index == 0:
         _begin(out, config, trainer, checkpoint)
-    with interrupts.watched(), model_errors():
+    memory = OutOfMemory("training", arguments.device, LOWER)
+    with interrupts.watched(), memory:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.stopped:
             raise TrainingInterrupted(
@@ -244,19 +250,6 @@ def _begin(
     if config.resume:
         origin = f"from {checkpoint}" if checkpoint else "at step 0 (no whole checkpoint was found)"
         print(f"Resuming {origin}.", file=sys.stderr)
-
-
-@contextmanager
-def model_errors() -> Iterator[None]:
-    """GPU memory running out, as a TidarError that says what to change."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise TidarError(
-            "the GPU's memory is full. Lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps by as much, which keeps the result), or set "
-            f"gradient_checkpointing. ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def _finish(
