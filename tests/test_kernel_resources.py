@@ -31,7 +31,14 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
     [
         ("--shape", "qwen2.5-1.5b"),
         ("--shape", "qwen3-8b"),
-        ("--config", BUNDLED / "config.json", "--batch", "4"),
+        (
+            "--config",
+            BUNDLED / "config.json",
+            "--batch",
+            "4",
+            "--methods",
+            "ar,tidar:16:1,tidar:16:dense",
+        ),
     ],
     ids=["1.5B", "8B", "bundled"],
 )
