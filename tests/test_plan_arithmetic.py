@@ -112,6 +112,25 @@ def test_next_shift_is_what_the_engine_does(spans: tuple[int, ...]) -> None:
     assert next_shift(AUTOREGRESSIVE, 1, 1) == 0
 
 
+@pytest.mark.parametrize("draft_len", [1, 2, 5, 8, 16])
+def test_tables_hold_the_step_rule(draft_len: int) -> None:
+    """Every shift and accept count, of the candidates and of all sets of up to three anchors (K = 16: some)."""
+    anchors = range(1, draft_len + 1, 3 if draft_len == 16 else 1)
+    sets = [each for count in (1, 2, 3) for each in combinations(anchors, count)]
+    schedules = {*candidate_schedules((draft_len,)), *(Schedule(draft_len, each) for each in sets)}
+    for schedule in schedules if draft_len > 1 else {AUTOREGRESSIVE}:
+        size = schedule.draft_len
+        table, expected = Chain(schedule).targets, np.zeros((size, size, size))
+        for shift in range(size):
+            for accepted in range(1, size - shift + 1):
+                first, *more = schedule.steps
+                target = next_shift(first, size - shift, accepted)
+                for step in more:
+                    target = next_shift(step, 1, 1)
+                expected[shift, accepted - 1, target] = 1.0
+        assert np.array_equal(table, expected), schedule
+
+
 def test_learned_span_set_is_as_good_as_the_best_of_its_size() -> None:
     costs = StepCosts((1, 100), (0.010, 0.012))
     survival = fading(0.9, 0.9)

@@ -52,6 +52,11 @@ class Chain:
         return tuple(step_rows(self.schedule, length) for length in self.lengths)
 
     @cached_property
+    def full_rows(self) -> int:
+        """Rows of a step over a full draft: `rows[0]`, without the others."""
+        return step_rows(self.schedule, self.schedule.draft_len)
+
+    @cached_property
     def more(self) -> tuple[Schedule, ...]:
         """Schedules of the steps that follow before the next one of the chain; each commits one token."""
         return self.schedule.steps[1:]
@@ -59,20 +64,25 @@ class Chain:
     @cached_property
     def targets(self) -> Floats:
         """`[K, K, K]`: 1 where shift s and n accepted tokens (index n - 1) lead to shift t."""
-        size, least = self.schedule.draft_len, self.schedule.anchors(self.schedule.draft_len)[:1]
-        table, whole = np.zeros((size, size, size)), self._after(size)
-        for shift, length in enumerate(self.lengths):
-            # Unless it is too short for all of the spans, where it leads is a matter of n alone.
-            row = self._after(length) if (length,) < least else whole[:length]
-            table[shift, np.arange(length), row] = 1.0
+        size = self.schedule.draft_len
+        table = np.zeros((size, size, size))
+        # Unless a draft is too short for all of the spans, where it leads is a matter of n alone.
+        shifts, counts = _drafts(size)
+        table[shifts, counts, self._after(size)[counts]] = 1.0
+        for length in range(1, min(self.schedule.anchors(size), default=0)):
+            short = table[size - length]
+            short[:] = 0.0
+            short[np.arange(length), self._after(length)] = 1.0
         return table
 
-    def _after(self, drafted: int) -> list[int]:
+    def _after(self, drafted: int) -> NDArray[np.int64]:
         """The shift behind 1, 2, ... accepted tokens of `drafted`."""
         if self.more:  # each accepts one token, so the last of them alone says where that leads
-            return [next_shift(self.more[-1], 1, 1)] * drafted
-        anchors, last = self.schedule.anchors(drafted), self.schedule.draft_len - 1
-        return [_shift(anchors, accepted, last) for accepted in range(1, drafted + 1)]
+            return np.full(drafted, next_shift(self.more[-1], 1, 1))
+        accepted, last = np.arange(1, drafted + 1), self.schedule.draft_len - 1
+        anchors = np.array((0, *self.schedule.anchors(drafted)))
+        nearest = anchors[np.searchsorted(anchors, accepted, side="right") - 1]
+        return np.where(nearest > 0, np.minimum(accepted - nearest, last), last)
 
     def rate(self, survival: Floats, costs: StepCosts, first: Floats | None = None) -> float:
         """Tokens per second in the long run; see `Family.rates`."""
@@ -113,7 +123,7 @@ class Family:
             moves = moves @ moves
         state = moves.mean(axis=1)
         if costs.fixed_shape:
-            seconds = costs(chain.rows[0] for chain in self.chains)
+            seconds = costs(chain.full_rows for chain in self.chains)
         else:
             seconds = (state * costs(self.rows).reshape(state.shape)).sum(axis=1)
         tokens: Floats = state @ committed
@@ -188,9 +198,12 @@ def families_of(draft_lens: tuple[int, ...], short: bool = False) -> tuple[Famil
 
 def next_shift(schedule: Schedule, drafted: int, accepted: int) -> int:
     """How far the next draft is shifted after `accepted` of `drafted` tokens; K - 1 leaves d[0] alone."""
-    return _shift(schedule.anchors(drafted), accepted, schedule.draft_len - 1)
-
-
-def _shift(anchors: tuple[int, ...], accepted: int, last: int) -> int:
-    anchor = nearest_anchor(anchors, accepted)
+    anchor, last = nearest_anchor(schedule.anchors(drafted), accepted), schedule.draft_len - 1
     return min(accepted - anchor, last) if anchor else last
+
+
+@lru_cache(maxsize=64)
+def _drafts(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The index of `Chain.targets` in its first two dimensions: every shift s, with every n - 1 below K - s."""
+    shifts, counts = np.nonzero(np.add.outer(np.arange(size), np.arange(size)) < size)
+    return shifts, counts
