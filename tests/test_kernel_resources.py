@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from models import BUNDLED, ROOT, TRITON_REQUIRED
@@ -18,8 +19,16 @@ if not TRITON_REQUIRED:
     pytest.importorskip("triton")
 
 
-def run(*options: object) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of Triton's that is empty at first: what is compiled is compiled here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def run(*options: object, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
     command = [sys.executable, ROOT / "tools/kernel_resources.py", *options]
     return subprocess.run(
         [str(word) for word in command], env=environment, capture_output=True, text=True
@@ -46,7 +55,9 @@ def test_kernels_of_a_step_compile_and_fit(options: tuple[object, ...]) -> None:
     """Every kernel that this package launches is among them, but those that a batch has no use for."""
     ran = run(*options, "--json", "-")
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
+    told = json.loads(ran.stdout)
+    assert (told["target"], told["dtype"]) == ("sm_90a", "bfloat16")
+    found = told["kernels"]
     times = Counter(each["kernel"] for each in found)
     batch = "--batch" in options  # one row's products are for one row alone
     assert set(times) == set(KERNELS) - ({"_gemv_kernel"} if batch else set())
@@ -72,3 +83,6 @@ def test_what_has_no_steps_is_refused() -> None:
     ran = run("--shape", "nothing")
     assert ran.returncode == 2
     assert "qwen3-8b" in ran.stderr
+    ran = run(interpret="1")
+    assert ran.returncode == 2
+    assert "error: TRITON_INTERPRET is set" in ran.stderr

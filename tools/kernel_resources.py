@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Compile every kernel of a decode step for a GPU that is not here, and say what each takes of it.
+"""Compile the kernels of a decode step for a GPU that is not here, and say what each takes of it.
 
     python tools/kernel_resources.py --shape qwen3-8b
     python tools/kernel_resources.py --config src/tidar/bundled/config.json --methods ar,tidar:8:1,2,4 --json -
 
 Triton's interpreter, in which kernels are tested without a GPU, knows neither tensor descriptors as a GPU's copy
 engine takes them, nor programmatic launches, nor how much shared memory there is. Here the fused step runs on tensors
-without storage; each launch is compiled as on a GPU, to machine code, and not made. One layer stands for all.
-Fails when a kernel needs more shared memory than a program may have, or keeps registers in memory.
+without storage; each launch is compiled as on a GPU, to machine code, by the Triton that is installed, and not made.
+One layer stands for all. Steps are in bfloat16, greedy or with shared noise; prefill, replays, filters and rejection
+sampling use the same kernels, some in other variants, and PyTorch's. Fails when a kernel needs more shared memory
+than a program may have, or keeps registers in memory.
 
-Needs Triton (Linux x86_64), whose own tools compile and tell the resources; no GPU, no driver. TRITON_INTERPRET must
-not be set.
+Needs Triton (Linux x86_64), whose own tools compile and tell the resources, and its cache (TRITON_CACHE_DIR) to write
+into; no GPU, no driver. TRITON_INTERPRET must not be set.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +32,6 @@ import torch
 from tidar.bench.shapes import shape_config
 from tidar.decode.backend import fused_stepper
 from tidar.decode.engine import FixedPlan
-from tidar.decode.fused_attention import FusedAttention
 from tidar.decode.paged_engine import EngineLimits, PagedEngine
 from tidar.decode.slots import StepShape
 from tidar.decode.spec import parse_methods
@@ -58,7 +60,10 @@ class Resources:
 
 
 def compile_instead() -> dict[str, Any]:
-    """From here on Triton's kernels are compiled for Hopper where they would be launched; those, by their hash."""
+    """From here on Triton's kernels are compiled for Hopper where they would be launched; those, by their hash.
+
+    For the rest of the process: without a GPU Triton has no driver to go back to.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -101,6 +106,10 @@ def compile_steps(
     limits = EngineLimits(max_running=batch, cache_tokens=4096, max_draft_len=longest)
     engine = PagedEngine(model, FixedPlan(AUTOREGRESSIVE), limits)
     stepper: Any = fused_stepper(engine.runner.stepper, model, engine.cache)
+    from tidar.decode.fused_attention import (
+        FusedAttention,
+    )  # needs Triton, whose absence was told above
+
     # As on a GPU, whose properties the tensors' device would tell.
     backend, shared = stepper.backend, SHARED_MEMORY << 10
     backend.sms, backend.pdl, backend.shared_memory = MULTIPROCESSORS, True, shared
@@ -137,7 +146,7 @@ def resources(kernel: Any) -> Resources:
 
 
 def main() -> int:
-    """Exit status 1 where a kernel takes too much."""
+    """Exit status 1 where a kernel takes too much, 2 where nothing could be compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--shape", default="qwen2.5-1.5b", help="a name of recipes/shapes")
@@ -150,30 +159,41 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what was found here; - prints it")
     arguments = parser.parse_args()
     try:
+        if os.environ.get("TRITON_INTERPRET", "0") != "0":
+            raise TidarError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
         config = shape_config(arguments.config or arguments.shape)
         schedules = [spec.schedule for spec in parse_methods(arguments.methods)]
         if None in schedules:
             raise TidarError("only methods with a schedule of their own have kernels to compile")
         found = compile_steps(config, [each for each in schedules if each], arguments.batch)
-    except TidarError as error:
+        show(found, arguments.json)
+    except (TidarError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json is not None:
-        text = json.dumps([asdict(each) for each in found], indent=1) + "\n"
-        if str(arguments.json) == "-":
-            print(text, end="")
-        else:
-            arguments.json.write_text(text)
-    else:
+    bad = [one for one in found if one.shared > arguments.shared or one.stack]
+    for one in bad:
+        print(f"too much: {one} (shared: {arguments.shared} at most, stack: 0)", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def show(found: Sequence[Resources], path: Path | None) -> None:
+    """A table on the screen, or JSON in a file or (-) on the screen."""
+    import triton
+
+    told = {"triton": triton.__version__, "target": f"sm_{HOPPER}a", "dtype": "bfloat16"}
+    if path is None:
+        print(", ".join(f"{name} {value}" for name, value in told.items()))
         print(f"{'kernel':20} {'warps':>5} {'registers':>9} {'shared KiB':>10} {'stack bytes':>11}")
         for one in found:
             print(
                 f"{one.kernel:20} {one.warps:5} {one.registers:9} {one.shared:10.1f} {one.stack:11}"
             )
-    bad = [one for one in found if one.shared > arguments.shared or one.stack]
-    for one in bad:
-        print(f"too much: {one} (shared: {arguments.shared} at most, stack: 0)", file=sys.stderr)
-    return 1 if bad else 0
+        return
+    text = json.dumps({**told, "kernels": [asdict(each) for each in found]}, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="")
+    else:
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ class WeighedStepper(Stepper):
         """See `Stepper`."""
         shape, real = self.shape, self.shape.tail.num_drafts
         found = []
-        for group in self._groups(len(chosen), real):
+        both = self.rule.mixes and bool(shape.anchors)
+        for group in self._groups(len(chosen), real, copies=2 if both else 1):
             logits = self.logits(hidden[group, :real])
             masked = covered = None
-            if self.rule.mixes and shape.anchors:
+            if both:
                 ends = shape.counting[:real] + 1
                 anchors = shape.choice_of_anchor[lens[group].unsqueeze(1), ends]
                 twins = shape.first_row[anchors] + ends - anchors
@@ -79,9 +80,11 @@ class WeighedStepper(Stepper):
         verdicts, accepted = zip(*found, strict=True)
         return torch.cat(verdicts), torch.cat(accepted)
 
-    def _groups(self, batch: int, rows: int) -> list[slice]:
-        """The sequences, `rows` rows of each, as many at a time as may have their logits at once."""
-        copies = 2 if self.rule.mixes else 1
+    def _groups(self, batch: int, rows: int, *, copies: int = 1) -> list[slice]:
+        """The sequences, `rows` rows of each, as many at a time as may have their logits at once.
+
+        Reckoned in float32; copies: of logits, clean and masked.
+        """
         one = copies * self.rules.dtype.itemsize * rows * self.rules.config.vocab_size
         return _even(0, batch, PROJECTING_BYTES // one)
 
