@@ -38,18 +38,10 @@ def run(*options: object, interpret: str = "0") -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     "options",
     [
-        ("--shape", "qwen2.5-1.5b"),
-        ("--shape", "qwen3-8b"),
-        (
-            "--config",
-            BUNDLED / "config.json",
-            "--batch",
-            "4",
-            "--methods",
-            "ar,tidar:16:1,tidar:16:dense",
-        ),
+        ("--shape", "qwen3-8b", "--methods", "ar,tidar:8:1,tidar:16:1,2,4,8,tidar:16:dense"),
+        ("--config", BUNDLED / "config.json", "--batch", "4", "--methods", "ar,tidar:16:dense"),
     ],
-    ids=["1.5B", "8B", "bundled"],
+    ids=["8B", "bundled"],
 )
 def test_kernels_of_a_step_compile_and_fit(options: tuple[object, ...]) -> None:
     """Every kernel that this package launches is among them, but those that a batch has no use for."""
@@ -61,28 +53,26 @@ def test_kernels_of_a_step_compile_and_fit(options: tuple[object, ...]) -> None:
     times = Counter(each["kernel"] for each in found)
     batch = "--batch" in options  # one row's products are for one row alone
     assert set(times) == set(KERNELS) - ({"_gemv_kernel"} if batch else set())
-    assert times["_attention_kernel"] >= 3  # tiles of lanes
+    assert times["_attention_kernel"] >= 2  # tiles of lanes
     assert all(0 < each["registers"] <= 255 and each["stack"] == 0 for each in found)
     assert all(each["shared"] <= 227 for each in found)
 
 
 def test_a_kernel_that_takes_too_much_is_named() -> None:
-    ran = run("--methods", "ar,tidar:8:1,2,4,8", "--shared", "100")
+    ran = run("--shape", "qwen2.5-1.5b", "--methods", "ar,tidar:8:1,2,4,8", "--shared", "100")
     assert ran.returncode == 1
-    assert "_attention_kernel" in ran.stdout
+    assert "_gemv_kernel" in ran.stdout
     told = ran.stderr.splitlines()
     assert told
     assert all("too much" in line and "shared: 100 at most" in line for line in told)
     assert "_attention_kernel" in ran.stderr
+    assert "_gemv_kernel" not in ran.stderr
 
 
-def test_what_has_no_steps_is_refused() -> None:
+def test_what_cannot_be_compiled_is_refused() -> None:
     ran = run("--methods", "tidar:plan")
     assert ran.returncode == 2
     assert "error: only methods with a schedule of their own" in ran.stderr
-    ran = run("--shape", "nothing")
-    assert ran.returncode == 2
-    assert "qwen3-8b" in ran.stderr
     ran = run(interpret="1")
     assert ran.returncode == 2
     assert "error: TRITON_INTERPRET is set" in ran.stderr

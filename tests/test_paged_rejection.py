@@ -211,8 +211,7 @@ GREEDY = Request(prompt=(1, 2), max_new_tokens=7, params=SamplingParams(seed=1))
 NOISY = Request(prompt=(2,), max_new_tokens=6, params=SamplingParams(seed=2, temperature=1.0))
 
 
-@pytest.mark.parametrize("at_once", [3, 2, 1])
-@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize(("behind", "at_once"), [(0, 3), (1, 2), (0, 1)])
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
 def test_in_a_batch(draft: str, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside texts that compare choices, with room for all; `at_once`: so many may be weighed at a time."""
